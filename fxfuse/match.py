@@ -1,0 +1,399 @@
+"""Pattern expressions and their matcher.
+
+An expression is data: operations of the vocabulary over named variables::
+
+    x, weight, bias = variables("x weight bias")
+    op.relu(op.linear(x, weight, bias))
+
+A parameter an expression leaves out must have its default in the graph, so nothing a call says is ever dropped. A failed
+attempt is a :class:`Miss` with the reason and how deep it got; the deepest one of a pattern is what a report shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from fxfuse import vocabulary
+from fxfuse.view import Attr, ModuleRef, View
+
+__all__ = ["Var", "Op", "Either", "Chain", "Step", "Match", "Miss", "op", "variables", "number", "matcher"]
+
+
+# --- expressions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Var:
+    """Binds any value to a name; the same name twice must be the same value. ``kind`` narrows it to 'number'."""
+
+    name: str
+    kind: str = "any"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of the vocabulary over sub-expressions, by canonical parameter name.
+
+    ``shared`` lets the node have readers outside the match (a transposed view of a weight): it is then left in place.
+    """
+
+    op: str
+    args: tuple[tuple[str, Any], ...]
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Either:
+    """The first alternative that matches."""
+
+    alternatives: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Any number of scalings (mul, div, neg) on top of ``base``; bound under ``name`` as a list of :class:`Step`.
+
+    ``factors`` says what a factor may be: a 'number' (of Python, or symbolic), a 'scalar' (also a tensor known to have no
+    dimensions) or 'any'.
+    """
+
+    name: str
+    base: Any
+    factors: str = "any"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One link of a chain: the operation, its other operand, and the node."""
+
+    op: str
+    factor: Any
+    node: fx.Node
+
+
+#: longer runs of scalings are cut here, so that no graph makes matching more than linear
+_LONGEST_CHAIN = 32
+
+
+class _Operations:
+    """``op.linear(x, weight, bias)`` builds an expression; names and parameters are checked when it is written."""
+
+    def __getattr__(self, name: str) -> Callable[..., Op]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+        def build(*args: Any, shared: bool = False, **kwargs: Any) -> Op:
+            try:
+                operation = vocabulary.operation(name)
+            except KeyError as error:
+                raise ValueError(str(error.args[0])) from None
+            if len(args) > len(operation.params):
+                raise ValueError(f"op.{name} takes {operation.params}, given {len(args)} values")
+            given = dict(zip(operation.params, args))
+            for key, value in kwargs.items():
+                if key not in operation.params or key in given:
+                    raise ValueError(f"op.{name} has no free parameter '{key}'; it takes {operation.params}")
+                given[key] = value
+            for param in operation.params:
+                if param not in given and param not in operation.defaults:
+                    raise ValueError(f"op.{name} needs '{param}'")
+            return Op(name, tuple(given.items()), shared)
+
+        return build
+
+
+op = _Operations()
+
+
+def variables(names: str) -> tuple[Var, ...]:
+    """Variables by name: ``x, weight = variables("x weight")``."""
+    return tuple(Var(name) for name in names.split())
+
+
+def number(name: str) -> Var:
+    """A variable that only a number binds (a Python number or a symbolic one)."""
+    return Var(name, "number")
+
+
+def heads(expression: Any) -> frozenset[str]:
+    """The operations a node must have to be worth trying as the expression's root."""
+    if isinstance(expression, Op):
+        return frozenset({expression.op})
+    if isinstance(expression, Either):
+        return frozenset().union(*(heads(e) for e in expression.alternatives))
+    if isinstance(expression, Chain):
+        return heads(expression.base) | frozenset(vocabulary.SCALINGS)
+    raise ValueError(f"a pattern's expression starts with an operation, not {expression!r}")
+
+
+def names(expression: Any) -> frozenset[str]:
+    """Every variable an expression may bind."""
+    if isinstance(expression, Var):
+        return frozenset({expression.name})
+    if isinstance(expression, Op):
+        return frozenset().union(*(names(e) for _, e in expression.args)) if expression.args else frozenset()
+    if isinstance(expression, Either):
+        return frozenset().union(*(names(e) for e in expression.alternatives))
+    if isinstance(expression, Chain):
+        return names(expression.base) | {expression.name}
+    return frozenset()
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Match:
+    """A place where a pattern's expression holds.
+
+    Attributes:
+        pattern: the pattern's name.
+        root: the node whose value the expression describes.
+        bindings: variable -> fx node, :class:`Attr`, :class:`ModuleRef` or constant; absent when not reached.
+        nodes: every node the expression covers, root first.
+        view: the reading the match was found in.
+    """
+
+    pattern: str
+    root: fx.Node
+    bindings: dict[str, Any]
+    nodes: list[fx.Node]
+    view: View
+    shared: frozenset[fx.Node] = frozenset()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bindings[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value bound to a name, or the default."""
+        return self.bindings.get(name, default)
+
+
+@dataclass
+class Miss:
+    """Why a pattern did not match at a node, and how many operations had matched by then."""
+
+    pattern: str
+    node: fx.Node | None
+    reason: str
+    depth: int = 0
+
+
+# --- matching ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Attempt:
+    view: View
+    root: fx.Node
+    bindings: dict[str, Any] = field(default_factory=dict)
+    nodes: list[fx.Node] = field(default_factory=list)
+    shared: set[fx.Node] = field(default_factory=set)
+
+    def mark(self) -> tuple[dict[str, Any], int]:
+        return dict(self.bindings), len(self.nodes)
+
+    @property
+    def depth(self) -> int:
+        """How many operations have matched; scalings do not count, nearly every graph has some."""
+        return sum(self.view.operations[node] not in vocabulary.SCALINGS for node in self.nodes)
+
+    def back(self, mark: tuple[dict[str, Any], int]) -> None:
+        self.bindings, length = dict(mark[0]), mark[1]
+        del self.nodes[length:]
+
+
+@dataclass
+class _Failure:
+    reason: str
+    node: fx.Node | None
+    depth: int
+
+
+class matcher:
+    """Matches one expression against the nodes of one view. Failures of chains are remembered, so a long run of
+    scalings is walked once and not once from every link."""
+
+    def __init__(self, pattern: str, expression: Any, view: View) -> None:
+        self.pattern = pattern
+        self.expression = expression
+        self.view = view
+        self._dead: dict[tuple[int, fx.Node], _Failure] = {}
+
+    def __call__(self, root: fx.Node) -> Match | Miss:
+        """Try the expression with ``root`` as its outermost node."""
+        attempt = _Attempt(self.view, root)
+        if self.view.call(root) is None:  # a kin of what the pattern wants, or a call with an unknown word
+            return Miss(self.pattern, root, self.view.describe(root), 1)
+        failure = self._match(self.expression, root, attempt)
+        if failure is not None:
+            return Miss(self.pattern, failure.node or root, failure.reason, failure.depth)
+        return Match(self.pattern, root, attempt.bindings, attempt.nodes, self.view, frozenset(attempt.shared))
+
+    def _match(self, expression: Any, value: Any, attempt: _Attempt) -> _Failure | None:
+        if isinstance(expression, Var):
+            return self._variable(expression, value, attempt)
+        if isinstance(expression, Op):
+            return self._operation(expression, value, attempt)
+        if isinstance(expression, Either):
+            return self._either(expression, value, attempt)
+        if isinstance(expression, Chain):
+            return self._chain(expression, value, attempt)
+        if isinstance(expression, tuple) and isinstance(value, (tuple, list)) and tuple(value) == expression:
+            return None
+        if type(value) is type(expression) and value == expression:
+            return None
+        return _Failure(f"expected {expression!r}, found {self.view.describe(value)}", None, attempt.depth)
+
+    def _variable(self, var: Var, value: Any, attempt: _Attempt) -> _Failure | None:
+        depth = attempt.depth
+        if var.kind == "number" and not self.view.is_number(value):
+            return _Failure(f"'{var.name}' must be a number, found {self.view.describe(value)}", None, depth)
+        if var.name in attempt.bindings and not _same(attempt.bindings[var.name], value):
+            seen = self.view.describe(attempt.bindings[var.name])
+            return _Failure(f"'{var.name}' is {seen} and also {self.view.describe(value)}", None, depth)
+        attempt.bindings[var.name] = value
+        return None
+
+    def _enter(self, value: Any, wanted: str, attempt: _Attempt) -> _Failure | Any:
+        depth = attempt.depth
+        call = self.view.call(value)
+        node = value if isinstance(value, fx.Node) else None
+        if call is None:
+            return _Failure(f"expected {wanted}, found {self.view.describe(value)}", node, depth)
+        return call
+
+    def _private(self, node: fx.Node, attempt: _Attempt) -> _Failure | None:
+        """An inner node's value must have no reader outside the match: it will not exist any more."""
+        if node is attempt.root:
+            return None
+        readers = self.view.readers_fast(node)
+        if len(readers) == 1:
+            return None
+        others = [r.name for r in readers if r not in attempt.nodes]
+        if len(others) <= 0:
+            return None
+        return _Failure(f"the value of {node.name} is also read by {', '.join(others[:3])}", node, attempt.depth)
+
+    def _operation(self, expression: Op, value: Any, attempt: _Attempt) -> _Failure | None:
+        call = self._enter(value, expression.op, attempt)
+        if isinstance(call, _Failure):
+            return call
+        if call.op != expression.op:
+            return _Failure(f"expected {expression.op}, found {self.view.describe(value)}", call.node, attempt.depth)
+        if not expression.shared:
+            failure = self._private(call.node, attempt)
+            if failure is not None:
+                return failure
+        operation = vocabulary.OPERATIONS[call.op]
+        given = dict(expression.args)
+        for param in operation.params:
+            if param in given or param not in call.args or param == "inplace":
+                continue
+            default = operation.defaults.get(param)
+            if not _same(call.args[param], default):
+                reason = f"{call.op} has {param}={self.view.describe(call.args[param])}"
+                return _Failure(reason, call.node, attempt.depth + 1)
+        mark = attempt.mark()
+        self._cover(call.node, attempt, expression.shared)
+        failure = self._arguments(given, call.args, attempt)
+        if failure is not None and operation.commutes:
+            attempt.back(mark)
+            self._cover(call.node, attempt, expression.shared)
+            first, second = operation.params[:2]
+            swapped = {**call.args, first: call.args[second], second: call.args[first]}
+            other = self._arguments(given, swapped, attempt)
+            failure = None if other is None else max(failure, other, key=lambda f: f.depth)
+        return failure
+
+    def _cover(self, node: fx.Node, attempt: _Attempt, shared: bool) -> None:
+        attempt.nodes.append(node)
+        if shared:
+            attempt.shared.add(node)
+
+    def _arguments(self, given: dict[str, Any], args: dict[str, Any], attempt: _Attempt) -> _Failure | None:
+        for param, expression in given.items():
+            failure = self._match(expression, args.get(param), attempt)
+            if failure is not None:
+                return failure
+        return None
+
+    def _either(self, expression: Either, value: Any, attempt: _Attempt) -> _Failure | None:
+        deepest: _Failure | None = None
+        mark = attempt.mark()
+        for alternative in expression.alternatives:
+            failure = self._match(alternative, value, attempt)
+            if failure is None:
+                return None
+            if deepest is None or failure.depth > deepest.depth:
+                deepest = failure
+            attempt.back(mark)
+        return deepest
+
+    def _chain(self, chain: Chain, value: Any, attempt: _Attempt, length: int = 0) -> _Failure | None:
+        dead = self._dead.get((id(chain), value)) if isinstance(value, fx.Node) else None
+        if dead is not None:
+            return dead
+        mark = attempt.mark()
+        deepest: _Failure | None = None
+        call = self.view.call(value)
+        if call is not None and call.op in vocabulary.SCALINGS and length < _LONGEST_CHAIN:
+            deepest = self._private(call.node, attempt)
+            for inner, factor in _sides(call) if deepest is None else ():
+                attempt.back(mark)
+                attempt.nodes.append(call.node)
+                failure = self._bad_factor(chain, factor, call, attempt)
+                if failure is None:
+                    failure = self._chain(chain, inner, attempt, length + 1)
+                if failure is None:
+                    attempt.bindings[chain.name] = [*attempt.bindings[chain.name], Step(call.op, factor, call.node)]
+                    return None
+                if deepest is None or failure.depth > deepest.depth:
+                    deepest = failure
+            attempt.back(mark)
+        failure = self._match(chain.base, value, attempt)
+        if failure is None:
+            attempt.bindings.setdefault(chain.name, [])
+            return None
+        if deepest is None or failure.depth > deepest.depth:
+            deepest = failure
+        if isinstance(value, fx.Node) and length < _LONGEST_CHAIN:
+            self._dead[(id(chain), value)] = deepest
+        return deepest
+
+    def _bad_factor(self, chain: Chain, factor: Any, call: Any, attempt: _Attempt) -> _Failure | None:
+        """Why a link's other operand may not be a factor of this chain."""
+        if chain.factors == "any" or factor is None:
+            return None
+        number = self.view.is_number(factor)
+        if number:
+            if call.op == "div" and not isinstance(factor, fx.Node) and factor == 0:
+                return _Failure("division by the number 0", call.node, attempt.depth)
+            return None
+        known = self.view.tensor(factor)
+        if chain.factors == "scalar" and known is not None and known.dim() == 0:
+            return None
+        what = f"{call.op} by {self.view.describe(factor)}"
+        if number is None and known is None:
+            return _Failure(f"{what}, which is not known to be a number before it runs", call.node, attempt.depth)
+        return _Failure(f"{what}, which is not a {chain.factors}", call.node, attempt.depth)
+
+
+def _sides(call: Any) -> Sequence[tuple[Any, Any]]:
+    """(what is scaled, by what) for a link of a chain."""
+    if call.op == "neg":
+        return ((call.args["x"], None),)
+    a, b = call.args["a"], call.args["b"]
+    if call.op == "mul":
+        return ((a, b), (b, a))
+    return ((a, b),)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, (fx.Node, Attr, ModuleRef)) or isinstance(b, (fx.Node, Attr, ModuleRef)):
+        return a is b or (type(a) is type(b) and not isinstance(a, fx.Node) and a == b)
+    return type(a) is type(b) and bool(a == b) or (isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == b)

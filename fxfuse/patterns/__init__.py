@@ -1,0 +1,1 @@
+"""One file per pattern; each defines ``pattern``. Discovered by name: adding a file is all it takes."""

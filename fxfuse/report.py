@@ -1,0 +1,154 @@
+"""What was replaced, what came nearest, what could not be traced: plain data that pickles, printed as tables."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+if TYPE_CHECKING:
+    from fxfuse.match import Miss
+
+__all__ = ["Replacement", "NearMiss", "Untraced", "Report", "Drawing"]
+
+WAY_IN = 'torch.compile(model, backend="fxfuse")'
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One replacement that was made.
+
+    Attributes:
+        pattern: the pattern's name.
+        op: the op that stands there now.
+        nodes: names of the graph nodes it took the place of, in graph order.
+        where: the module whose forward holds it, by path ('' is the model itself).
+        operations: what those nodes computed, in canonical words.
+        drawing: index of the graph it was made in, in :attr:`Report.drawings`.
+    """
+
+    pattern: str
+    op: str
+    nodes: tuple[str, ...]
+    where: str
+    operations: tuple[str, ...] = ()
+    drawing: int = 0
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """The deepest attempt of a pattern that failed: at which node, and why."""
+
+    pattern: str
+    node: str
+    reason: str
+    depth: int = 0
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Untraced:
+    """A module whose forward could not be read as one graph; it keeps its own Python and its children were tried."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A graph before and after, as (node name, label, names of the nodes it reads, pattern or '')."""
+
+    where: str
+    before: tuple[tuple[str, str, tuple[str, ...], str], ...]
+    after: tuple[tuple[str, str, tuple[str, ...], str], ...]
+
+
+@dataclass
+class Report:
+    """What a run of the compiler did to one model or graph. ``print()`` it, or read its fields.
+
+    Attributes:
+        title: what was optimized.
+        replacements: every :class:`Replacement`, in graph order.
+        near_misses: per pattern the deepest :class:`NearMiss`, deepest first.
+        untraceable: every :class:`Untraced` module.
+        notes: sentences that fit nowhere else (what a torch.compile backend left to the inner compiler, say).
+        drawings: the graphs before and after, for :meth:`draw`.
+    """
+
+    title: str = ""
+    replacements: list[Replacement] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    untraceable: list[Untraced] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    drawings: list[Drawing] = field(default_factory=list)
+
+    def add_misses(self, misses: list[Miss], where: str) -> None:
+        """Keep the deepest attempt of each pattern, several where they went equally deep for different reasons."""
+        for miss in misses:
+            node = miss.node.name if miss.node is not None else ""
+            near = NearMiss(miss.pattern, node, miss.reason, miss.depth, where)
+            held = [n for n in self.near_misses if n.pattern == near.pattern]
+            deepest = max((n.depth for n in held), default=-1)
+            if near.depth > deepest:
+                self.near_misses = [n for n in self.near_misses if n.pattern != near.pattern]
+                self.near_misses.append(near)
+            elif near.depth == deepest and len(held) < 3 and all(n.reason != near.reason for n in held):
+                self.near_misses.append(near)
+        self.near_misses.sort(key=lambda n: (-n.depth, n.pattern))
+
+    def settle(self) -> Report:
+        """Forget attempts that never matched anything, unless there is nothing else to say; returns the report."""
+        if self.replacements or any(n.depth for n in self.near_misses):
+            self.near_misses = [n for n in self.near_misses if n.depth]
+        return self
+
+    def draw(self, path: str) -> str:
+        """Write the graphs before and after, replaced nodes coloured; ``.svg`` or ``.dot`` by the path's ending.
+
+        Returns the path. Raises ValueError for another ending.
+        """
+        from fxfuse.draw import draw
+
+        return draw(self, path)
+
+    def __str__(self) -> str:
+        parts = [self._heading()]
+        if self.replacements:
+            rows = [
+                (r.pattern, r.where or "(the model)", _wrap(" → ".join(r.operations), 34)) for r in self.replacements
+            ]
+            parts.append("Replaced\n" + _table(rows, ("pattern", "in", "what was there")))
+        if self.near_misses:
+            rows = [(n.pattern, _wrap(_at(n), 18), _wrap(n.reason, 34)) for n in self.near_misses]
+            parts.append("Came nearest without matching\n" + _table(rows, ("pattern", "at", "because")))
+        if self.untraceable:
+            rows = [(_wrap(u.where or "(the model)", 26), _wrap(u.reason, 46)) for u in self.untraceable]
+            parts.append(
+                "Could not be traced: these keep their own Python, their children were tried\n"
+                + _table(rows, ("module", "because"))
+                + f"\nThe way into these is {WAY_IN}, which reads what Python really does."
+            )
+        parts += [textwrap.fill(note, 80) for note in self.notes]
+        return "\n\n".join(parts)
+
+    def _heading(self) -> str:
+        count = len(self.replacements)
+        what = "nothing replaced" if count == 0 else "1 replacement" if count == 1 else f"{count} replacements"
+        return f"fxfuse · {self.title} · {what}"
+
+    __repr__ = __str__
+
+
+def _at(miss: NearMiss) -> str:
+    return ": ".join(filter(None, (miss.where, miss.node)))
+
+
+def _wrap(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) if text else ""
+
+
+def _table(rows: list[tuple[Any, ...]], headers: tuple[str, ...]) -> str:
+    return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)

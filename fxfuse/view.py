@@ -1,0 +1,358 @@
+"""A read-only reading of an fx graph: node -> Call(operation, canonical arguments). The graph is not touched.
+
+Module parameters appear as :class:`Attr` and become ``get_attr`` nodes only inside a replacement. In-place calls are read
+as their out-of-place meaning: what is read after ``y.mul_(s)`` under the name ``y`` is the result of the ``mul_``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxfuse import vocabulary
+from fxfuse.vocabulary import Unreadable
+
+__all__ = ["Attr", "ModuleRef", "Call", "View"]
+
+_IN_PLACE_OPERATORS = {
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+} | {operator.setitem}
+#: results of these share memory with their first argument even though the vocabulary has no operation for them
+_ALIASING_METHODS = frozenset(
+    "view view_as reshape reshape_as expand expand_as squeeze unsqueeze narrow select chunk split unbind permute "
+    "transpose t flatten unflatten swapaxes swapdims movedim diagonal as_strided detach contiguous to type_as float "
+    "double half bfloat16 requires_grad_ __getitem__ real imag unfold alias view_as_real view_as_complex".split()
+)
+
+
+@dataclass(frozen=True)
+class Attr:
+    """A parameter, buffer or plain tensor of the module, by its path from the graph's root: ``Attr("fc.weight")``."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class ModuleRef:
+    """A submodule, by its path from the graph's root."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a node computes, in canonical words."""
+
+    op: str
+    args: dict[str, Any]
+    node: fx.Node
+    inplace: bool = False
+
+
+class View:
+    """The reading of one graph.
+
+    Args:
+        graph: the fx graph; never changed by the view.
+        root: the module whose attributes the graph names (None for a graph without module attributes).
+        leave_alone: module paths that must stay calls, with the reason (hooks, parametrizations).
+    """
+
+    def __init__(self, graph: fx.Graph, root: nn.Module | None) -> None:
+        self.graph = graph
+        self.root = root
+        self.order: dict[fx.Node, int] = {}
+        self.operations: dict[fx.Node, str] = {}
+        self._calls: dict[fx.Node, Call | str] = {}
+        self._current: dict[fx.Node, list[fx.Node]] = {}
+        self.mutations: list[tuple[fx.Node, fx.Node]] = []  # (mutating node, mutated node as the graph names it)
+        self.mode_changes: list[fx.Node] = []
+        self._modules: dict[str, nn.Module | None] = {}
+        for position, node in enumerate(graph.nodes):
+            self.order[node] = position
+            self._first_look(node)
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def call(self, value: Any) -> Call | None:
+        """The canonical call behind a value, or None (a placeholder, a constant, an operation without a word)."""
+        found = self._calls.get(value) if isinstance(value, fx.Node) else None
+        if found is None and isinstance(value, fx.Node) and value in self.operations:
+            found = self._calls[value] = self._read(value)
+        return found if isinstance(found, Call) else None
+
+    def describe(self, value: Any) -> str:
+        """A value in a few words, for reasons and reports."""
+        if isinstance(value, Attr):
+            return value.path
+        if not isinstance(value, fx.Node):
+            return repr(value)
+        self.call(value)
+        reason = self._calls.get(value)
+        if isinstance(reason, str):
+            return f"{value.name} ({reason})"
+        if value in self.operations:
+            return self.operations[value]
+        if value.op == "call_module":
+            module = self.module(str(value.target))
+            return f"{type(module).__name__} '{value.target}'"
+        if value.op == "placeholder":
+            return f"the input '{value.name}'"
+        if value.op == "get_attr":
+            return f"the attribute '{value.target}'"
+        target = value.target if isinstance(value.target, str) else getattr(value.target, "__name__", str(value.target))
+        return str(target)
+
+    def module(self, path: str) -> nn.Module | None:
+        """The submodule at a path, or None."""
+        if path not in self._modules:
+            here: Any = self.root
+            for name in path.split(".") if path else ():
+                here = getattr(here, name, None)
+            self._modules[path] = here if isinstance(here, nn.Module) else None
+        return self._modules[path]
+
+    def tensor(self, value: Any) -> torch.Tensor | None:
+        """The tensor (real or fake) known to stand behind a value when the graph is read, or None."""
+        path = value.path if isinstance(value, Attr) else None
+        if isinstance(value, fx.Node):
+            for key in ("example_value", "val"):
+                known = value.meta.get(key)
+                if isinstance(known, torch.Tensor):
+                    return known
+            if value.op == "get_attr":
+                path = str(value.target)
+        if path is None:
+            return None
+        owner, _, name = path.rpartition(".")
+        module = self.module(owner)
+        found = getattr(module, name, None) if module is not None else None
+        return found if isinstance(found, torch.Tensor) else None
+
+    def rank(self, value: Any) -> int | None:
+        """The number of dimensions of a value, where it is known."""
+        known = self.tensor(value)
+        if known is not None:
+            return known.dim()
+        call = self.call(value)
+        if call is not None and call.op in ("linear", "relu", "gelu", "silu", "sigmoid", "tanh", "neg", "log"):
+            return self.rank(call.args["x"])
+        return None
+
+    def is_number(self, value: Any) -> bool | None:
+        """Whether a value is a Python number (True), a tensor or something else (False), or not known (None)."""
+        if isinstance(value, bool):
+            return False
+        if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            return True
+        if not isinstance(value, fx.Node):
+            return False
+        for key in ("example_value", "val"):
+            if key in value.meta:
+                return isinstance(value.meta[key], (int, float, torch.SymInt, torch.SymFloat))
+        if value.op == "call_method" and value.target == "item":
+            return True
+        if value.op == "get_attr" or value in self.operations:
+            return False
+        return None
+
+    # --- users under the names the graph means ----------------------------------------------------------------------
+
+    def now(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        """Which node holds the value ``reader`` gets when it reads ``node``: the last in-place call before it."""
+        latest = node
+        for version in self._current.get(node, ()):
+            if self.order[version] < self.order[reader]:
+                latest = version
+        return latest
+
+    def readers(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """Every (reader, name it reads) that gets this node's value; in-place calls answer to several names."""
+        found = [(user, node) for user in node.users if self.now(node, user) is node]
+        for base, versions in self._current.items():
+            if node in versions:
+                found += [(user, base) for user in base.users if user is not node and self.now(base, user) is node]
+        return found
+
+    def readers_fast(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that read this node's value."""
+        if not self._current:
+            return list(node.users)
+        return [user for user, _ in self.readers(node)]
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    def _first_look(self, node: fx.Node) -> None:
+        """What can be told without binding arguments: the operation's name, in-place calls, changes of mode."""
+        kind = node.op
+        if kind == "call_function" or kind == "call_method":
+            target = node.target
+            spelling = vocabulary.spelling_of(target, kind)
+            if spelling is not None:
+                self.operations[node] = spelling.operation.name
+                if spelling.inplace or node.kwargs.get("inplace") or spelling.adapt is vocabulary._inplace_flag:
+                    self._note_in_place(node, spelling.inplace)
+                return
+            if target in vocabulary.ATTRIBUTE_READS:
+                known = vocabulary.attribute_spelling(str(node.args[1])) if len(node.args) == 2 else None
+                if known is not None:
+                    self.operations[node] = known.operation.name
+                return
+            name = target if isinstance(target, str) else getattr(target, "__name__", "")
+            if target in _IN_PLACE_OPERATORS or (name.split(".")[0].endswith("_") and not name.startswith("_")):
+                self._note_mutation(node)
+            if name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode"):
+                self.mode_changes.append(node)
+            if "out" in node.kwargs and isinstance(node.kwargs["out"], fx.Node):
+                self.mutations.append((node, node.kwargs["out"]))
+        elif kind == "call_module":
+            module = self.module(str(node.target))
+            known_module = vocabulary.module_reader(module) if module is not None else None
+            kin = vocabulary.module_kin(module) if known_module is None and module is not None else None
+            if known_module is not None:
+                self.operations[node] = known_module[0].name
+            elif kin is not None:
+                self.operations[node] = kin[0].name
+                self._calls[node] = f"'{node.target}' {kin[1]}"
+            if getattr(module, "inplace", False) is True:
+                self._note_in_place(node, known_module is not None)
+
+    def _note_in_place(self, node: fx.Node, certain: bool) -> None:
+        if not certain and node.op != "call_module":
+            call = self.call(node)
+            if call is not None and call.args.get("inplace") is False:
+                return
+            if call is not None and not call.inplace:
+                return
+        self._note_mutation(node)
+        base = next((a for a in node.args if isinstance(a, fx.Node)), None)
+        if base is None or node not in self.operations:
+            return
+        # in-place on a value somebody already looked at through another name is not a chain of values any more
+        names = self._names_of(base)
+        earlier = [u for name in names for u in name.users if u is not node and self.order.get(u, 1 << 60) < self.order[node]]
+        earlier = [u for u in earlier if u not in names]
+        fresh = base.op.startswith("call") and not self._aliases_input(base)
+        if earlier or not fresh:
+            self._calls[node] = "works in place on a value that is also read elsewhere"
+            return
+        for name in names:
+            self._current.setdefault(name, []).append(node)
+
+    def _names_of(self, node: fx.Node) -> list[fx.Node]:
+        """The node and every earlier node whose storage it is through in-place calls."""
+        names = [node]
+        for base, versions in self._current.items():
+            if node in versions:
+                names.append(base)
+        return names
+
+    def _note_mutation(self, node: fx.Node) -> None:
+        base = next((a for a in node.args if isinstance(a, fx.Node)), None)
+        if base is not None:
+            self.mutations.append((node, base))
+
+    def _aliases_input(self, node: fx.Node) -> bool:
+        """Whether the node's result may be memory that existed before the node ran."""
+        name = self.operations.get(node)
+        if name is not None:
+            return vocabulary.OPERATIONS[name].aliases
+        return True
+
+    def storage(self, value: Any) -> set[Any]:
+        """Names (nodes, attribute paths) whose memory the value may share."""
+        seen: set[Any] = set()
+        todo = [value]
+        while todo:
+            item = todo.pop()
+            if isinstance(item, Attr):
+                seen.add(item.path)
+                continue
+            if not isinstance(item, fx.Node) or item in seen:
+                continue
+            seen.add(item)
+            if item.op == "get_attr":
+                seen.add(str(item.target))
+            elif item.op.startswith("call"):
+                name = self.operations.get(item)
+                in_place = any(node is item for node, _ in self.mutations)
+                fresh = name is not None and not vocabulary.OPERATIONS[name].aliases and not in_place
+                if name is None and item.op == "call_method" and item.target not in _ALIASING_METHODS:
+                    fresh = not in_place
+                if not fresh:
+                    todo += [a for a in item.all_input_nodes]
+        return seen
+
+    def _read(self, node: fx.Node) -> Call | str:
+        try:
+            return self._bind(node)
+        except Unreadable as reason:
+            return str(reason)
+
+    def _bind(self, node: fx.Node) -> Call:
+        resolve = {a: self.now(a, node) for a in node.all_input_nodes} if self._current else {}
+
+        def settle(value: Any) -> Any:
+            return resolve.get(value, value) if isinstance(value, fx.Node) else value
+
+        if node.op == "call_module":
+            return self._bind_module(node, settle)
+        spelling = vocabulary.spelling_of(node.target, node.op)
+        if spelling is None:
+            spelling = vocabulary.attribute_spelling(str(node.args[1]))
+            assert spelling is not None
+            return Call(spelling.operation.name, {"x": settle(node.args[0])}, node)
+        bound = {key: settle(value) for key, value in spelling.bind(node.args, node.kwargs).items()}
+        inplace = spelling.inplace or bound.pop("inplace", False)
+        return Call(spelling.operation.name, bound, node, inplace)
+
+    def _bind_module(self, node: fx.Node, settle: Any) -> Call:
+        path = str(node.target)
+        module = self.module(path)
+        assert module is not None
+        refusal = why_called_only(module)
+        if refusal is not None:
+            raise Unreadable(f"'{path}' {refusal}")
+        reader = vocabulary.module_reader(module)
+        assert reader is not None
+        op, values = reader
+        args = dict(values(module))
+        inputs = [*node.args, *node.kwargs.values()]
+        if len(inputs) > len(op.params):
+            raise Unreadable(f"'{path}' is called with {len(inputs)} arguments")
+        for name, value in zip(op.params, inputs):
+            args[name] = settle(value)
+        if op.name == "linear":
+            args["weight"] = Attr(f"{path}.weight")
+            args["bias"] = Attr(f"{path}.bias") if module.bias is not None else None
+        elif "module" in op.params:
+            args["module"] = ModuleRef(path)
+        elif op.name == "kl_div":
+            args = vocabulary._reduction(args)
+        inplace = args.pop("inplace", False)
+        return Call(op.name, args, node, inplace)
+
+
+def why_called_only(module: nn.Module) -> str | None:
+    """Why a module must be called as it is (hooks, parametrizations), or None where its call may be read."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        names = sorted({getattr(h, "__name__", type(h).__name__) for h in _hooks(module)})
+        return f"has forward hooks ({', '.join(names)}), which a fusion would not run"
+    if module._backward_hooks or getattr(module, "_backward_pre_hooks", None):
+        return "has backward hooks, which a fusion would not run"
+    if hasattr(module, "parametrizations"):
+        return f"has parametrizations on {', '.join(module.parametrizations)}"
+    if isinstance(module, nn.Linear) and not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "computes its weight anew at every call"
+    return None
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    yield from module._forward_hooks.values()
+    yield from module._forward_pre_hooks.values()
