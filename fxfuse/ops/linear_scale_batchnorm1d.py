@@ -1,0 +1,555 @@
+"""Linear, per-column factors, and BatchNorm1d over the batch.
+
+Meaning: batch_norm(alpha · linear(x, weight, bias) · scale / divisor, ...), the running statistics updated by PyTorch's
+rules (momentum, unbiased variance).
+
+With y = linear(x, weight, bias), s = alpha·scale/divisor (one number a column), and in training the column mean m and
+biased variance of y, r = 1/√(s²·var + ε):
+
+    training    out = γ·s·r·(y − m) + β                running mean ← s·m, running variance ← s²·var·M/(M−1)
+    eval        out = γ·r·(s·y − μ) + β                μ, r of the running statistics
+
+Gradients for dz = upstream, B = Σ dz, P = Σ dz·(y − m) over the batch:
+
+    training    dy = γ·s·r·(dz − B/M − (y − m)·s²·r²·P/M)
+                dγ = s·r·P        dβ = B        ds = γ·ε·r³·P        d bias = 0, exactly
+    eval        dy = γ·r·s·dz
+                dγ = r·(s·Σ dz·y − μ·B)        dβ = B        ds = γ·r·Σ dz·y
+
+then d scale = ds·alpha/divisor, d divisor = −ds·s/divisor, and the product's own gradients from dy. What is saved is y
+(one M×N tensor, in the product's dtype) and two vectors. The bias cancels in training: eager's gradient for it is
+rounding noise around zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function
+
+from fxfuse.kernels import gemm
+from fxfuse.kernels import linear_scale_batchnorm1d as kernels
+from fxfuse.kernels.abi import DTYPE_CODE
+
+from ._autocast import cast
+from ._op import Op
+from ._road import Road, floating, together, wide
+from .linear_activation_scale import linear_backward
+
+Buffers = tuple[Tensor | None, Tensor | None]
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    divisor: Tensor | None,
+    alpha: float,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    update: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    z = F.linear(x, weight, bias)
+    if alpha != 1:
+        z = z * alpha
+    if scale is not None:
+        z = z * scale
+    if divisor is not None:
+        z = z / divisor
+    if training and not update:
+        running_mean = None if running_mean is None else running_mean.clone()
+        running_var = None if running_var is None else running_var.clone()
+    out = F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    if update:
+        return out, None, None
+    return out, _buffer(running_mean, x, training), _buffer(running_var, x, training)
+
+
+def _buffer(new: Tensor | None, like: Tensor, training: bool) -> Tensor:
+    """The dispatcher's results are tensors: an empty one says that there is nothing to update."""
+    return new if training and new is not None else like.new_empty(0)
+
+
+def road(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    divisor: Tensor | None,
+    alpha: float,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Road:
+    tensors = (x, weight, bias, scale, divisor, bn_weight, bn_bias, running_mean, running_var)
+    if x.is_cuda and _kernels_fit(tensors, training, eps):
+        return KERNEL
+    if not floating(*tensors) or not together(*tensors):
+        return Road("composed", "not floating-point tensors of one device")
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        return Road("composed", "x, weight and bias differ in dtype")
+    if x.dim() != 2 or weight.dim() != 2 or x.size(1) != weight.size(1):
+        return Road("composed", "not x[M, K] and weight[N, K]")
+    if x.size(0) <= 1 or weight.size(0) == 0 or eps < 0 or (training and eps <= 0):
+        return Road("composed", "a batch, width or eps that eager has a word about")
+    features = weight.shape[:1]
+    if any(t is not None and t.shape != features for t in (bias, bn_weight, bn_bias, running_mean, running_var)):
+        return Road("composed", "the shapes do not fit")
+    if not (_per_column(scale, features[0]) and _per_column(divisor, features[0])):
+        return Road("composed", "scale or divisor is not one number a column")
+    norm = {t.dtype for t in (bn_weight, bn_bias, running_mean, running_var) if t is not None}
+    if norm - {wide(_scaled_dtype(x, scale, divisor))}:
+        return Road("composed", "BatchNorm's tensors are not float32 (float64 for float64)")
+    if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
+        return Road("composed", "running statistics are missing")
+    if training:
+        return Road("composed", f"no kernel for {x.device.type}: ATen's batch_norm is the shortest in training")
+    return CLOSED
+
+
+KERNEL = Road(
+    "kernel",
+    "scale and BatchNorm in the product's epilogue on Hopper where that pays, else in one or two passes after it",
+)
+CLOSED = Road("closed", "ATen's product, then one multiply-add in place")
+
+
+def _kernels_fit(tensors: tuple[Any, ...], training: bool, eps: float) -> bool:
+    """The short way through the questions of `road`, for what the kernels take."""
+    x, weight, bias, scale, divisor, bn_weight, bn_bias, running_mean, running_var = tensors
+    if (
+        x.dim() != 2
+        or weight.dim() != 2
+        or x.dtype is not weight.dtype
+        or (bias is not None and bias.dtype is not x.dtype)
+    ):
+        return False
+    (rows, k), (n, k2) = x.shape, weight.shape
+    if rows <= 1 or n == 0 or k != k2 or eps < 0 or (training and eps <= 0):
+        return False
+    if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
+        return False
+    for t in (bn_weight, bn_bias, running_mean, running_var):
+        if t is not None and (t.dtype is not torch.float32 or t.dim() != 1 or t.size(0) != n):
+            return False
+    if bias is not None and (bias.dim() != 1 or bias.size(0) != n):
+        return False
+    for t in (scale, divisor):
+        if t is not None and (t.dtype not in DTYPE_CODE or not _per_column(t, n)):
+            return False
+    for t in tensors:
+        if t is not None and t.layout is not torch.strided:
+            return False
+    if _scaled_dtype(x, scale, divisor) not in (x.dtype, torch.float32):
+        return False
+    return gemm.why_not_kernels(*tensors) is None
+
+
+def _per_column(factor: Tensor | None, columns: int) -> bool:
+    """[N], [1, N], or a single number of rank at most two."""
+    if factor is None or factor.dim() == 0:
+        return True
+    return factor.dim() <= 2 and factor.size(-1) in (1, columns) and (factor.dim() == 1 or factor.size(0) == 1)
+
+
+def _scaled_dtype(x: Tensor, scale: Tensor | None, divisor: Tensor | None) -> torch.dtype:
+    """The dtype of what BatchNorm is given, by type promotion."""
+    dtype = x.dtype
+    for factor in (scale, divisor):
+        if factor is not None and factor.dim() > 0:
+            dtype = torch.promote_types(dtype, factor.dtype)
+    return dtype
+
+
+def factors(
+    x: Tensor, weight: Tensor, scale: Tensor | None, divisor: Tensor | None, alpha: float, dtype: torch.dtype
+) -> Tensor | float:
+    """s = alpha·scale/divisor: [N] or a single element in `dtype`; the number alpha when both are None."""
+    s: Tensor | float = alpha
+    if scale is not None:
+        s = scale.to(dtype).reshape(-1) * alpha
+    if divisor is not None:
+        s = s / divisor.to(dtype).reshape(-1)
+    return s
+
+
+def forward(
+    road: Road,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    divisor: Tensor | None,
+    alpha: float,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    wanted: Sequence[bool] = (),
+    update: bool = False,
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Sequence[Tensor]]:
+    out_dtype = _scaled_dtype(x, scale, divisor)
+    keep = any(wanted)
+    if road.name == "kernel" and (training or not keep):
+        c = columns(bias, scale, divisor, alpha, bn_weight, bn_bias, eps)
+        if training:
+            return _kernel_training(x, weight, c, running_mean, running_var, momentum, out_dtype, keep, update)
+        out = _kernel_evaluation(x, weight, c, running_mean, running_var, out_dtype)
+        return (out, *((None, None) if update else (x.new_empty(0), x.new_empty(0)))), ()
+    dtype = wide(out_dtype)
+    s = factors(x, weight, scale, divisor, alpha, dtype)
+    y = F.linear(x, weight, bias)
+    if not training:
+        assert running_mean is not None and running_var is not None
+        slope = (running_var + eps).rsqrt_()
+        if bn_weight is not None:
+            slope *= bn_weight
+        shift = -running_mean * slope if bn_bias is None else torch.addcmul(bn_bias, running_mean, slope, value=-1)
+        slope = slope * s
+        out = torch.addcmul(shift, y, slope) if keep or y.dtype != dtype else y.mul_(slope).add_(shift)
+        saved = (y, running_mean.clone(), running_var.clone()) if keep else ()
+        nothing = None if update else x.new_empty(0)
+        return (out.to(out_dtype), nothing, nothing if update else x.new_empty(0)), saved
+
+    rows = y.size(0)
+    mean, centred, var = _statistics(y, dtype)
+    rstd = (var * s * s + eps).rsqrt_()
+    slope = rstd * s if bn_weight is None else rstd * s * bn_weight
+    out = centred.mul_(slope) if bn_bias is None else torch.addcmul(bn_bias, centred, slope, out=centred)
+    new_mean = new_var = None
+    if running_mean is not None and running_var is not None:
+        new_mean = running_mean.lerp(mean * s, momentum)
+        new_var = running_var.lerp(var * s * s * (rows / (rows - 1)), momentum)
+        if update:
+            running_mean.copy_(new_mean)
+            running_var.copy_(new_var)
+    saved = (y, mean, rstd) if keep else ()
+    buffers: Buffers = (None, None) if update else (_buffer(new_mean, x, True), _buffer(new_var, x, True))
+    return (out.to(out_dtype), *buffers), saved
+
+
+def columns(
+    bias: Tensor | None,
+    scale: Tensor | None,
+    divisor: Tensor | None,
+    alpha: float,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+) -> kernels.Columns:
+    """The vectors as the kernels take them: contiguous [N], or a single number."""
+
+    def vector(t: Tensor | None) -> Tensor | None:
+        if t is None or (t.dim() == 1 and t.is_contiguous()):
+            return t
+        return t.reshape(-1).contiguous()
+
+    return kernels.Columns(vector(bias), vector(scale), vector(divisor), alpha, vector(bn_weight), vector(bn_bias), eps)
+
+
+def _kernel_evaluation(
+    x: Tensor, weight: Tensor, c: kernels.Columns, mean: Tensor | None, var: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    assert mean is not None and var is not None
+    mean, var = mean.contiguous(), var.contiguous()
+    if gemm.why_not_product(x, weight) is None:
+        return kernels.eval_product(x, weight, c, mean, var, out_dtype)
+    acc = F.linear(x, weight)
+    return kernels.eval_apply(
+        acc, c, mean, var, acc if acc.dtype == out_dtype else torch.empty_like(acc, dtype=out_dtype)
+    )
+
+
+def _kernel_training(
+    x: Tensor,
+    weight: Tensor,
+    c: kernels.Columns,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    out_dtype: torch.dtype,
+    keep: bool,
+    update: bool,
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Sequence[Tensor]]:
+    """Saves the bare product (no bias: it cancels) and its columns' statistics."""
+    mean, var = running_mean, running_var
+    if mean is not None and var is not None and not (update and mean.is_contiguous() and var.is_contiguous()):
+        mean, var = mean.clone(memory_format=torch.contiguous_format), var.clone(memory_format=torch.contiguous_format)
+    product = gemm.why_not_product(x, weight) is None
+    if product and kernels.one_kernel(x, weight, out_dtype):
+        out, acc, saved = kernels.train(x, weight, c, mean, var, momentum, keep)
+    else:
+        acc, partials = kernels.train_product(x, weight) if product else (F.linear(x, weight), None)
+        out = acc if acc.dtype == out_dtype and not keep else torch.empty_like(acc, dtype=out_dtype)
+        saved = kernels.train_apply(acc, partials, c, mean, var, momentum, out)
+    buffers: Buffers = (None, None)
+    if not update:
+        buffers = _buffer(mean, x, True), _buffer(var, x, True)
+    elif mean is not running_mean and running_mean is not None and running_var is not None:
+        running_mean.copy_(mean)  # type: ignore[arg-type]
+        running_var.copy_(var)  # type: ignore[arg-type]
+    if not keep:
+        return (out, *buffers), ()
+    assert acc is not None
+    return (out, *buffers), (acc, saved)
+
+
+def _statistics(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Column mean, y minus it, and the biased variance, in two passes: no E[y²] − E[y]²."""
+    rough = y.mean(0, dtype=dtype)
+    centred = y - rough
+    rest = centred.mean(0)  # what rounding left in the mean
+    centred -= rest
+    return rough + rest, centred, centred.square().mean(0)
+
+
+def saves(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    divisor: Tensor | None,
+    *others: Any,
+    wanted: Sequence[bool],
+) -> Sequence[Tensor]:
+    if not any(wanted):
+        return ()
+    dtype, n, training = wide(_scaled_dtype(x, scale, divisor)), weight.size(0), others[5]
+    y = F.linear(x, weight, bias)
+    if training and road(x, weight, bias, scale, divisor, *others).name == "kernel":
+        return y, x.new_empty(2, n, dtype=torch.float32)
+    return y, x.new_empty(n, dtype=dtype), x.new_empty(n, dtype=dtype)
+
+
+def backward(
+    road: Road,
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    divisor: Tensor | None,
+    alpha: float,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    if training and road.name == "kernel":
+        c = columns(bias, scale, divisor, alpha, bn_weight, bn_bias, eps)
+        acc, statistics = saved
+        by_scale = wanted[3] or wanted[4]
+        dy, d_gamma, total, d_s = kernels.backward(grad, acc, statistics, c, wanted[5], wanted[6], by_scale)
+        s = factors(x, weight, scale, divisor, alpha, torch.float32) if wanted[4] else alpha
+        return _gradients(dy, d_gamma, total, d_s, s, x, weight, bias, scale, divisor, alpha, training, wanted)
+    y, mean, spread = saved  # the batch's mean and rstd in training, the running statistics in eval
+    dtype = wide(grad.dtype, y.dtype)
+    s = factors(x, weight, scale, divisor, alpha, dtype)
+    dz = grad.to(dtype)
+    total = dz.sum(0)  # B
+    gamma: Tensor | float = 1.0 if bn_weight is None else bn_weight
+    if training:
+        rows, rstd = y.size(0), spread
+        centred = y - mean
+        projection = torch.mul(dz, centred).sum(0)  # P
+        d_gamma = projection * rstd * s
+        d_s = projection * gamma * eps * rstd**3
+        dy = centred.mul_(projection * (s * rstd) ** 2 / -rows).add_(dz).sub_(total / rows).mul_(gamma * rstd * s)
+    else:
+        rstd = (spread + eps).rsqrt_()
+        projection = torch.mul(dz, y).sum(0) if any(wanted[3:6]) else total
+        d_gamma = rstd * (projection * s - mean * total)
+        d_s = projection * gamma * rstd
+        dy = dz * (gamma * rstd * s)
+
+    dy = dy.to(y.dtype)
+    return _gradients(dy, d_gamma, total, d_s, s, x, weight, bias, scale, divisor, alpha, training, wanted)
+
+
+def _gradients(
+    dy: Tensor,
+    d_gamma: Tensor | None,
+    total: Tensor | None,
+    d_s: Tensor | None,
+    s: Tensor | float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    divisor: Tensor | None,
+    alpha: float,
+    training: bool,
+    wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """Every argument's gradient from that of the product, of gamma, of beta and of the whole factor s."""
+    dx, dw, db = linear_backward(dy, 1.0, x, weight, bias, (*wanted[:2], wanted[2] and not training))
+    if wanted[2] and training:
+        db = torch.zeros_like(bias)  # type: ignore[arg-type]
+    d_scale = d_divisor = None
+    if scale is not None and wanted[3] and d_s is not None:
+        value = d_s * alpha if divisor is None else d_s * alpha / divisor.to(d_s.dtype).reshape(-1)
+        d_scale = _shaped(value, scale)
+    if divisor is not None and wanted[4] and d_s is not None:
+        d_divisor = _shaped(d_s * s / divisor.to(d_s.dtype).reshape(-1) * -1, divisor)
+    return (
+        dx,
+        dw,
+        db,
+        d_scale,
+        d_divisor,
+        d_gamma if wanted[5] else None,
+        total if wanted[6] else None,
+        None,
+        None,
+    )
+
+
+def _shaped(columns: Tensor, factor: Tensor) -> Tensor:
+    """A gradient of one number a column, as the factor that was broadcast over the columns has it."""
+    value = columns.sum() if factor.numel() == 1 else columns
+    return value.reshape(factor.shape).to(factor.dtype)
+
+
+def again(saved: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    training = args[10]
+    statistics = (None, None) if training else saved[1:3]
+    return reference(*args[:8], *statistics, *args[10:])
+
+
+def autocast(
+    device: str, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, *others: object
+) -> tuple[object, ...]:
+    return cast(dtype, x), cast(dtype, weight), cast(dtype, bias), *others
+
+
+def direct(x: Tensor, weight: Tensor, *others: Any) -> str:
+    if others[8]:
+        return "in training ATen's batch_norm is the shortest on the CPU"
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others[:6]):
+        return "the product dominates, and ATen's own backward has the least to do around it"
+    return "" if x.numel() * weight.size(0) >= 1 << 20 else "small"
+
+
+OP = Op(
+    "linear_scale_batchnorm1d",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? divisor, float alpha, Tensor? bn_weight,"
+    " Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, bool training, float momentum, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference,
+    road=road,
+    forward=forward,
+    backward=backward,
+    saves=saves,
+    again=again,
+    autocast=autocast,
+    buffers=("running_mean", "running_var"),
+    direct=direct,
+)
+
+
+@OP.public
+def linear_scale_batchnorm1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    divisor: Tensor | None = None,
+    alpha: float = 1.0,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """batch_norm(alpha · linear(x, weight, bias) · scale / divisor); running statistics are updated in place.
+
+    Args:
+        x: [M, K].
+        weight, bias: [N, K] and [N] or None, as nn.Linear has them.
+        scale, divisor: [N], a single number, anything that broadcasts against [M, N], or None.
+        alpha: every scalar factor between the product and BatchNorm, multiplied out.
+        bn_weight, bn_bias: γ and β, [N] or None.
+        running_mean, running_var: [N] or None; updated in place when `training`.
+        training: normalise by the batch's statistics. momentum, eps: as torch.nn.functional.batch_norm has them.
+
+    Returns [M, N] in the dtype type promotion gives the scaled product.
+    Raises what torch.nn.functional.linear and batch_norm raise, ValueError for one row in training among them.
+    """
+    statistics = (running_mean, running_var, training, momentum, eps)
+    args: tuple[Any, ...] = (x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, *statistics)
+    if torch._C._has_torch_function(args):
+        traced: Tensor = handle_torch_function(linear_scale_batchnorm1d, args, *args)
+        return traced
+    out: Tensor
+    out, new_mean, new_var = OP(*args)
+    if training and new_mean is not None:
+        if running_mean is not None:
+            running_mean.copy_(new_mean)
+        if running_var is not None:
+            running_var.copy_(new_var)
+    return out
+
+
+def linear_scale_batchnorm1d_module(
+    bn: nn.BatchNorm1d,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    divisor: Tensor | None = None,
+    alpha: float = 1.0,
+) -> Tensor:
+    """`bn(alpha · linear(x, weight, bias) · scale / divisor)`, with `bn` read at the time of the call.
+
+    Mode, momentum (None is the cumulative average), track_running_stats and num_batches_tracked are nn.BatchNorm1d's.
+    Raises ValueError, as `bn` does, when x is neither 2-D nor 3-D.
+    """
+    bn._check_input_dim(x)
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    running = not bn.training or bn.track_running_stats
+    return linear_scale_batchnorm1d(
+        x,
+        weight,
+        bias,
+        scale,
+        divisor,
+        alpha,
+        bn.weight,
+        bn.bias,
+        bn.running_mean if running else None,
+        bn.running_var if running else None,
+        bn.training or (bn.running_mean is None and bn.running_var is None),
+        momentum,
+        bn.eps,
+    )
