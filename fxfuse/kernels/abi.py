@@ -1,0 +1,32 @@
+"""The Python side of the kernels' C interface: dtype codes, argument types, pointers and streams.
+
+A kernel returns 0 or a CUDA error code, takes raw pointers, 64-bit sizes, plain scalars, a dtype code, a device index
+and a stream, in that order. ``common.cuh`` is the C side of the same conventions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+__all__ = ["DOUBLE", "DTYPE_CODE", "FLOAT", "I64", "INT", "PTR", "pointer", "stream"]
+
+#: dtype -> code of ``enum DType`` in ``common.cuh``. A dtype that is missing has no kernel.
+DTYPE_CODE: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+PTR = ctypes.c_void_p
+I64 = ctypes.c_int64
+INT = ctypes.c_int
+FLOAT = ctypes.c_float
+DOUBLE = ctypes.c_double
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """The address of a tensor's first element; None (a null pointer) for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def stream(device_index: int) -> int:
+    """The raw handle of the device's current stream, as torch sees it."""
+    return torch._C._cuda_getCurrentRawStream(device_index)

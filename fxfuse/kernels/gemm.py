@@ -1,0 +1,95 @@
+"""What the Hopper GEMM takes, and when it pays: shared by the ops whose product it computes."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from fxfuse.kernels.abi import DTYPE_CODE
+from fxfuse.kernels.loader import library
+
+__all__ = ["is_hopper", "rows", "tf32_allowed", "why_not_kernels", "why_not_product"]
+
+
+@functools.lru_cache(maxsize=64)
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Compute capability 9.0, unless FXFUSE_PORTABLE says to act as on 8.0."""
+    return _capability(device.index) == (9, 0) and os.environ.get("FXFUSE_PORTABLE", "0") in ("", "0")
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets float32 products be computed in TF32."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # the older setting may not be read once this one was written
+    if precision is None:
+        return bool(matmul.allow_tf32)
+    if precision == "none":  # as for all backends
+        precision = getattr(torch.backends, "fp32_precision", "ieee")
+    return bool(precision == "tf32")
+
+
+def why_not_kernels(x: Tensor, *others: Tensor | None) -> str | None:
+    """The reason why the kernels cannot work on these tensors, None when they can."""
+    if not x.is_cuda:
+        return f"no kernel for {x.device.type}"
+    if x.dtype not in DTYPE_CODE:
+        return f"no kernel for {x.dtype}"
+    device = x.device
+    for t in others:
+        if t is not None and (t.device != device or t.is_neg()):
+            return "not all on one CUDA device"
+    if x.is_neg():
+        return "a negation is pending"
+    return None if library() is not None else "the CUDA kernels are not there"
+
+
+def rows(t: Tensor) -> tuple[Tensor, int] | None:
+    """t [..., K] as (matrix [rows, K] that shares its memory, elements between rows) as the copy engine reads it; None
+    where that needs a copy: K not contiguous, or a base or pitch that is no multiple of 16 bytes."""
+    if t.dim() != 2:
+        if not t.is_contiguous():
+            return None
+        t = t.view(-1, t.size(-1))
+    unit = 16 // t.element_size()
+    pitch = t.stride(0) if t.size(0) > 1 else max(t.size(1), 1)
+    if t.size(1) > 1 and t.stride(1) != 1:
+        return None
+    if pitch % unit or pitch < t.size(1) or t.data_ptr() % 16:
+        return None
+    return t, pitch
+
+
+def why_not_product(x: Tensor, weight: Tensor) -> str | None:
+    """The reason why the Hopper GEMM is not used for x [..., K] and weight [N, K] of one dtype; None when it is.
+
+    The library's GEMM is taken where it is faster: products of few rows or of little work (split along K, or by smaller
+    tiles, it uses more of the device), and float32 that must not be rounded to TF32.
+    """
+    n, k = weight.shape
+    m = x.numel() // max(k, 1)
+    if not pays(m, n, k):
+        return "a product this small is faster in the library"
+    if not is_hopper(x.device):
+        return "not a Hopper GPU"
+    if x.dtype == torch.float32 and not tf32_allowed():
+        return "float32 products are IEEE unless torch.backends.cuda.matmul.allow_tf32 is set"
+    if n % (16 // x.element_size()):
+        return "N is no multiple of 16 bytes"
+    if m >= 2**31 or n >= 2**31 or k >= 2**31:
+        return "a size of 2^31 or more"
+    if rows(x) is None or rows(weight) is None:
+        return "x or weight has rows that are not contiguous and 16-byte aligned"
+    return None
+
+
+def pays(m: int, n: int, k: int) -> bool:
+    """Whether the Hopper GEMM is at least as fast as the library's, by measurement (see docs/kernels-gemm.md)."""
+    tiles = -(-m // 256) * 2 * -(-n // 256)
+    return m >= 256 and k >= 512 and tiles >= 100

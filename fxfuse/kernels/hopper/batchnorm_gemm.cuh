@@ -1,0 +1,52 @@
+// Epilogues of linear_scale_batchnorm1d: the whole op in evaluation; in training the whole op for batches of which the grid
+// holds all rows at once, else product and column statistics.
+#pragma once
+
+#include "../batchnorm_columns.cuh"
+#include "dispatch.cuh"
+
+namespace fxfuse::hopper {
+
+// out = acc * x + y with each column's two numbers folded from scale, bias and running statistics.
+struct BatchNormEvalEpilogue {
+  static constexpr bool kColumns = true, kStatistics = false, kBatch = false;
+  using Column = float2;
+  using Params = EvalColumns;
+  struct Apply {
+    __device__ __forceinline__ float operator()(float x, float2 column) const { return fmaf(x, column.x, column.y); }
+  };
+  static __device__ __forceinline__ float2 column(const Params& p, int n) { return p.folded(n); }
+  template <typename Body>
+  static __device__ __forceinline__ void with(const Params&, Body&& body) { body(Apply{}); }
+};
+
+// The bare product, and (mean, M2) of each column of every 64 rows.
+struct StatisticsEpilogue {
+  static constexpr bool kColumns = false, kStatistics = true, kBatch = false;
+  using Column = float2;
+  struct Params {
+    float2* partials;  // [ceil(M / 64), N]
+  };
+  static __device__ __forceinline__ float2 column(const Params&, int) { return {}; }
+  template <typename Body>
+  static __device__ __forceinline__ void with(const Params&, Body&& body) { body(Identity::Apply{}); }
+};
+
+// The whole op in training: out = (acc - mean) * slope + shift with the batch's statistics. KEEP: acc is written too, for
+// the backward pass.
+template <bool KEEP>
+struct BatchNormTrainEpilogue {
+  static constexpr bool kColumns = true, kStatistics = true, kBatch = true, kKeep = KEEP;
+  using Column = float4;  // s, gamma, beta, unused
+  struct Params {
+    TrainState state;
+    float2* partials;  // [ceil(M / 64), N]
+    int* arrived;      // zero for each column of tiles: at least ceil(N / 128)
+  };
+  static __device__ __forceinline__ float4 column(const Params& p, int n) {
+    const TrainState::Known known = p.state.known(n);
+    return {known.s, known.gamma, known.beta, 0.f};
+  }
+};
+
+}  // namespace fxfuse::hopper

@@ -1,0 +1,25 @@
+// From a problem's size and dtype to an instance of the GEMM.
+#pragma once
+
+#include "gemm.cuh"
+
+namespace fxfuse::hopper {
+
+// Rows of clusters in a band of the tile order: about as many rows of the result as columns, for a full device.
+constexpr int kBand = 8;
+
+// The element type that the tensor cores see for a dtype code, and the result's type.
+template <typename T> struct TensorCoreElement { using type = T; };
+template <> struct TensorCoreElement<float> { using type = TF32; };
+
+// Large tiles shared by clusters of two, unless that leaves much of the device idle.
+template <typename Epilogue, typename In, typename Out>
+cudaError_t gemm(const Operands& p, const typename Epilogue::Params& epilogue, int device, int sm_count, cudaStream_t stream) {
+  using Element = typename TensorCoreElement<In>::type;
+  const int64_t large = ceil_div<int64_t>(p.m, 256) * 2 * ceil_div<int64_t>(p.n, 256);
+  if (p.m > 128 && 4 * large >= 3 * sm_count)
+    return launch_gemm<DirectMainloop<Element, 256, 3, 2>, Epilogue, Out, 4>(p, epilogue, kBand, device, sm_count, stream);
+  return launch_gemm<DirectMainloop<Element, 128, 5, 1>, Epilogue, Out, 2>(p, epilogue, kBand, device, sm_count, stream);
+}
+
+}  // namespace fxfuse::hopper

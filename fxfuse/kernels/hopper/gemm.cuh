@@ -1,0 +1,237 @@
+// A persistent, warp-specialised GEMM: out[M, N] = epilogue(A[M, K] B[N, K]^T).
+//
+// A block is one producer warpgroup (its first warp drives the copy engine, the others prepare the epilogue's column
+// numbers) and two consumer warpgroups. Each walks the same list of tiles; barriers in shared memory are all they share.
+#pragma once
+
+#include "batch.cuh"
+#include "column_statistics.cuh"
+#include "epilogue.cuh"
+#include "mainloop.cuh"
+#include "scheduler.cuh"
+
+namespace fxfuse::hopper {
+
+constexpr int kThreads = 3 * kWarpgroup;
+constexpr int kColumnThreads = kWarpgroup - kWarp;
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // 128 * 56 + 256 * 224 of 65536
+
+template <typename Mainloop, typename Writer, typename Epilogue>
+struct SharedLayout {
+  static constexpr int kStaging = Mainloop::kSharedBytes;  // after the stages
+  static constexpr int kColumns = kStaging + Mainloop::kConsumers * Writer::kSharedBytes;
+  // The columns' numbers; behind them, for an epilogue of the whole batch, each warpgroup's maps.
+  static constexpr int kMaps = kColumns + Mainloop::kBlockN * int(sizeof(typename Epilogue::Column));
+  static constexpr int kMapBytes = Epilogue::kBatch ? Mainloop::kBlockN * int(sizeof(float2)) : 0;
+  static constexpr int kBarriers = kMaps + Mainloop::kConsumers * kMapBytes;
+  static constexpr int kColumnsFull = kBarriers + Mainloop::Pipeline::kBarrierBytes;
+  static constexpr int kColumnsEmpty = kColumnsFull + 8;
+  static constexpr int kBytes = kColumnsEmpty + 8;
+  static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
+};
+
+// Numbers that every block needs, by value in constant memory.
+template <typename Epilogue>
+struct Problem {
+  TileOrder order;
+  int rows;      // M
+  int columns;   // N
+  int k_blocks;  // of Mainloop::kBlockK
+  typename Epilogue::Params epilogue;
+};
+
+// Column statistics of a warpgroup's rows; the staging buffers are scratch for a moment.
+template <typename Mainloop, typename Epilogue, typename Writer>
+__device__ __forceinline__ void statistics(uint8_t* storage, const float (&acc)[Mainloop::kAccumulators],
+                                           const Problem<Epilogue>& problem, int m, int n, int consumer, int thread) {
+  static_assert(Writer::kSharedBytes >= 4 * Mainloop::kBlockN * int(sizeof(float2)), "the scratch is too small");
+  if (thread == 0) tma_store_wait_read<0>();
+  named_barrier<kWarpgroup>(1 + consumer);
+  uint8_t* const scratch = storage + SharedLayout<Mainloop, Writer, Epilogue>::kStaging + consumer * Writer::kSharedBytes;
+  ColumnStatistics<Mainloop::kBlockN>::write(acc, reinterpret_cast<float2*>(scratch), problem.epilogue.partials, m, n,
+                                             problem.rows, problem.columns, thread, 1 + consumer);
+}
+
+// A tile whose epilogue needs the statistics of the whole batch (batch.cuh).
+template <typename Mainloop, typename Epilogue, typename Writer>
+__device__ __forceinline__ void finish_batch(typename Mainloop::Pipeline& ring, uint32_t shared, uint8_t* storage,
+                                             float (&acc)[Mainloop::kAccumulators], const Problem<Epilogue>& problem,
+                                             const CUtensorMap* map_out, const CUtensorMap* map_kept, const Tile& tile,
+                                             int m, int n, int consumer, int thread, uint32_t parity, bool first) {
+  using Layout = SharedLayout<Mainloop, Writer, Epilogue>;
+  constexpr int kBlockN = Mainloop::kBlockN;
+  const auto& p = problem.epilogue;
+  const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
+  float2* const maps = reinterpret_cast<float2*>(storage + Layout::kMaps + consumer * Layout::kMapBytes);
+  const auto* const known = reinterpret_cast<const float4*>(storage + Layout::kColumns);
+  Mainloop::consume(ring, shared, acc, problem.k_blocks, consumer, thread, first);
+  statistics<Mainloop, Epilogue, Writer>(storage, acc, problem, m, n, consumer, thread);
+  BatchExchange<kBlockN>::arrive(p.arrived + tile.n, thread);
+  if constexpr (Epilogue::kKeep)
+    Writer::template write<false>(Identity::Apply{}, acc, maps, staging, map_kept, m, n, thread, 1 + consumer);
+  mbarrier_wait(shared + Layout::kColumnsFull, parity);
+  BatchExchange<kBlockN>::finish(p.state, p.partials, p.arrived + tile.n,
+                                 problem.order.rows * Mainloop::kCluster * Mainloop::kConsumers, known, maps, problem.rows,
+                                 n, m == 0, thread, 1 + consumer);
+  if (thread == 0) mbarrier_arrive(shared + Layout::kColumnsEmpty);
+  Writer::template write<true>([](float x, float2 c) { return fmaf(x, c.x, c.y); }, acc, maps, staging, map_out, m, n,
+                               thread, 1 + consumer);
+}
+
+template <typename Mainloop, typename Epilogue, typename Out, int BUFFERS>
+__global__ void __launch_bounds__(kThreads, 1)
+gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+            const __grid_constant__ CUtensorMap map_out, const __grid_constant__ CUtensorMap map_kept,
+            const __grid_constant__ Problem<Epilogue> problem) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Writer = TileWriter<Out, Mainloop::kBlockN, BUFFERS>;
+  using Layout = SharedLayout<Mainloop, Writer, Epilogue>;
+  constexpr int kCluster = Mainloop::kCluster;
+
+  extern __shared__ __align__(1024) uint8_t storage[];
+  const uint32_t shared = shared_address(storage);
+  using Column = typename Epilogue::Column;
+  Column* const columns = reinterpret_cast<Column*>(storage + Layout::kColumns);
+  const uint32_t columns_full = shared + Layout::kColumnsFull, columns_empty = shared + Layout::kColumnsEmpty;
+  typename Mainloop::Pipeline ring(shared + Layout::kBarriers);
+
+  const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroup, 0);
+  const int thread = threadIdx.x % kWarpgroup;
+  const uint32_t rank = kCluster == 1 ? 0 : cluster_rank();
+  const int cluster = int(blockIdx.x) / kCluster, clusters = int(gridDim.x) / kCluster;
+  const int tiles = int(problem.order.count());
+
+  if (threadIdx.x == 0) {
+    tma_prefetch(&map_a);
+    tma_prefetch(&map_b);
+    tma_prefetch(&map_out);
+    ring.initialise();
+    mbarrier_init(columns_full, kColumnThreads);
+    mbarrier_init(columns_empty, Mainloop::kConsumers);
+    mbarrier_init_fence();
+  }
+  if constexpr (kCluster == 1) __syncthreads();
+  else cluster_sync();
+
+  if (warpgroup == 0) {
+    registers_lower<kProducerRegisters>();
+    const int warp = __shfl_sync(0xffffffffu, thread / kWarp, 0);
+    if (warp == 0 && thread == 0) {
+      for (int t = cluster; t < tiles; t += clusters) {
+        const Tile tile = problem.order.at(t);
+        Mainloop::produce(ring, shared, &map_a, &map_b, (tile.m * kCluster + int(rank)) * Mainloop::kBlockM,
+                          tile.n * Mainloop::kBlockN, problem.k_blocks, rank);
+      }
+    } else if (Epilogue::kColumns && warp > 0) {
+      uint32_t parity = 1;  // the column numbers' memory starts free
+      for (int t = cluster; t < tiles; t += clusters, parity ^= 1) {
+        const int n = problem.order.at(t).n * Mainloop::kBlockN;
+        mbarrier_wait(columns_empty, parity);
+#pragma unroll
+        for (int i = thread - kWarp; i < Mainloop::kBlockN; i += kColumnThreads)
+          if (n + i < problem.columns) columns[i] = Epilogue::column(problem.epilogue, n + i);
+        mbarrier_arrive(columns_full);
+      }
+    }
+  } else {
+    registers_raise<kConsumerRegisters>();
+    const int consumer = warpgroup - 1;
+    const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
+    uint32_t parity = 0;
+    for (int t = cluster; t < tiles; t += clusters, parity ^= 1) {
+      const Tile tile = problem.order.at(t);
+      const int m = (tile.m * kCluster + int(rank)) * Mainloop::kBlockM + consumer * kInstructionM;
+      const int n = tile.n * Mainloop::kBlockN, barrier = 1 + consumer;
+      float acc[Mainloop::kAccumulators];
+      if constexpr (Epilogue::kBatch) {
+        finish_batch<Mainloop, Epilogue, Writer>(ring, shared, storage, acc, problem, &map_out, &map_kept, tile, m, n,
+                                                 consumer, thread, parity, t == cluster);
+        continue;
+      } else {
+        Mainloop::consume(ring, shared, acc, problem.k_blocks, consumer, thread, t == cluster);
+        if constexpr (Epilogue::kStatistics)
+          statistics<Mainloop, Epilogue, Writer>(storage, acc, problem, m, n, consumer, thread);
+        if constexpr (Epilogue::kColumns) mbarrier_wait(columns_full, parity);
+        Epilogue::with(problem.epilogue, [&](const auto& apply) {
+          Writer::template write<Epilogue::kColumns>(apply, acc, columns, staging, &map_out, m, n, thread, barrier);
+        });
+        // Every thread of the warpgroup passed the writer's last barrier, so all of them have read the columns.
+        if (Epilogue::kColumns && thread == 0) mbarrier_arrive(columns_empty);
+      }
+    }
+    if (thread == 0) tma_store_wait_all();
+  }
+  // A block's shared memory must outlive its neighbours' multicasts and arrivals.
+  if constexpr (kCluster > 1) cluster_sync();
+#endif
+}
+
+// One product. Leading dimensions in elements. The caller has checked alignment (16-byte bases and pitches).
+struct Operands {
+  const void *a, *b;
+  void* out;
+  int64_t m, n, k;
+  int64_t pitch_a, pitch_b, pitch_out;
+  void* kept = nullptr;  // the bare product, as out, where the epilogue keeps it
+};
+
+template <typename Mainloop, typename Epilogue, typename Out, int BUFFERS>
+cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epilogue, int band, int device, int sm_count,
+                        cudaStream_t stream) {
+  using Writer = TileWriter<Out, Mainloop::kBlockN, BUFFERS>;
+  using Layout = SharedLayout<Mainloop, Writer, Epilogue>;
+  constexpr int kCluster = Mainloop::kCluster;
+  auto* const kernel = gemm_kernel<Mainloop, Epilogue, Out, BUFFERS>;
+
+  static bool prepared[kMaxDevices];
+  if (!prepared[device]) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kBytes);
+    if (error != cudaSuccess) return error;
+    prepared[device] = true;
+  }
+
+  CUtensorMap map_a, map_b, map_out, map_kept;
+  using In = TensorMapType<typename Mainloop::Element>;
+  cudaError_t error = make_tensor_map(&map_a, In::kType, In::kBytes, p.a, p.m, p.k, p.pitch_a, Mainloop::kBoxRowsA);
+  if (error == cudaSuccess)
+    error = make_tensor_map(&map_b, In::kType, In::kBytes, p.b, p.n, p.k, p.pitch_b, Mainloop::kBoxRowsB);
+  if (error == cudaSuccess)
+    error = make_tensor_map(&map_out, TensorMapType<Out>::kType, sizeof(Out), p.out, p.m, p.n, p.pitch_out, Writer::kRows);
+  map_kept = map_out;
+  if (error == cudaSuccess && p.kept != nullptr)
+    error = make_tensor_map(&map_kept, TensorMapType<Out>::kType, sizeof(Out), p.kept, p.m, p.n, p.pitch_out, Writer::kRows);
+  if (error != cudaSuccess) return error;
+
+  Problem<Epilogue> problem;
+  problem.order.rows = int(ceil_div<int64_t>(p.m, Mainloop::kBlockM * kCluster));
+  problem.order.columns = int(ceil_div<int64_t>(p.n, Mainloop::kBlockN));
+  problem.order.band = band;
+  problem.rows = int(p.m);
+  problem.columns = int(p.n);
+  problem.k_blocks = int(ceil_div<int64_t>(p.k, Mainloop::kBlockK));
+  problem.epilogue = epilogue;
+  const int64_t tiles = problem.order.count();
+  int64_t clusters = sm_count / kCluster;
+  if constexpr (Epilogue::kBatch) {  // whole columns of tiles run at the same time
+    if (problem.order.rows > clusters) return cudaErrorInvalidValue;
+    problem.order.band = problem.order.rows;
+    clusters -= clusters % problem.order.rows;
+  }
+
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = kCluster;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(kCluster * (tiles < clusters ? tiles : clusters)));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = Layout::kBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = Epilogue::kBatch ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, map_a, map_b, map_out, map_kept, problem);
+}
+
+}  // namespace fxfuse::hopper

@@ -1,0 +1,100 @@
+// Mainloop policies: how a block's product of a tile of A (M x K) and a tile of B (N x K) comes about.
+//
+// A policy owns its shared-memory stages and both sides of the ring: `produce` (one thread) and `consume` (a warpgroup). The
+// kernel around it knows neither the arithmetic nor the layout, so another arithmetic is another policy.
+#pragma once
+
+#include "ring.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+namespace fxfuse::hopper {
+
+template <typename Element> struct TensorMapType;
+template <> struct TensorMapType<__nv_bfloat16> {
+  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  static constexpr int kBytes = 2;
+};
+template <> struct TensorMapType<__half> {
+  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  static constexpr int kBytes = 2;
+};
+template <> struct TensorMapType<float> {
+  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  static constexpr int kBytes = 4;
+};
+template <> struct TensorMapType<TF32> {  // the copy engine rounds to nearest on the way in
+  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
+  static constexpr int kBytes = 4;
+};
+
+// One tensor-core product per step, accumulated in place over the whole of K.
+//
+// ELEMENT: __nv_bfloat16, __half or TF32. A block's tile is 128 x BN, 64 rows for each of two consumer warpgroups; a stage
+// holds 128 bytes of K. CLUSTER blocks below each other share their tile of B: each loads its part and multicasts it.
+//
+// The second warpgroup starts STAGGER stages after the first and stays behind: while one writes its tile, the other still
+// feeds the tensor cores.
+template <typename ELEMENT, int BN, int STAGES, int CLUSTER, int STAGGER = 0>
+struct DirectMainloop {
+  using Element = ELEMENT;
+  static constexpr int kBlockM = 128, kBlockN = BN, kConsumers = 2, kCluster = CLUSTER;
+  static constexpr int kElementBytes = TensorMapType<Element>::kBytes;
+  static constexpr int kBlockK = kRowBytes / kElementBytes;
+  static constexpr int kBoxRowsA = kBlockM, kBoxRowsB = BN / CLUSTER;
+  static constexpr int kBytesA = kBlockM * kRowBytes, kBytesB = BN * kRowBytes;
+  static constexpr int kStageBytes = kBytesA + kBytesB;
+  static constexpr int kSharedBytes = STAGES * kStageBytes;
+  static constexpr int kAccumulators = BN / 2;  // per thread
+  static constexpr int kStaggerBarrier = 3;
+  using Pipeline = Ring<STAGES, kConsumers, CLUSTER>;
+
+  // Has the copy engine bring every K block of rows m.. of A and n.. of B.
+  static __device__ __forceinline__ void produce(Pipeline& ring, uint32_t shared, const CUtensorMap* a, const CUtensorMap* b,
+                                                 int m, int n, int blocks, uint32_t rank) {
+    for (int k = 0; k < blocks; ++k, ring.advance()) {
+      const uint32_t full = ring.acquire(kStageBytes);
+      const uint32_t stage = shared + ring.stage() * kStageBytes;
+      tma_load(stage, a, full, k * kBlockK, m);
+      if constexpr (CLUSTER == 1) {
+        tma_load(stage + kBytesA, b, full, k * kBlockK, n);
+      } else {
+        tma_load_multicast(stage + kBytesA + rank * kBoxRowsB * kRowBytes, b, full, k * kBlockK, n + int(rank) * kBoxRowsB,
+                           uint16_t((1 << CLUSTER) - 1));
+      }
+    }
+  }
+
+  // acc = this warpgroup's 64 rows of the tile; `first` at a block's first tile. A stage is let go of one step late, so that
+  // the tensor cores always have the next batch waiting.
+  static __device__ __forceinline__ void consume(Pipeline& ring, uint32_t shared, float (&acc)[kAccumulators], int blocks,
+                                                 int warpgroup, int thread, bool first) {
+    const int start_other = STAGGER > 0 && first ? (blocks < STAGGER ? blocks : STAGGER) - 1 : -1;
+    if (STAGGER > 0 && first && warpgroup == 1) named_barrier<2 * kWarpgroup>(kStaggerBarrier);
+    const uint64_t a = matrix_descriptor(shared + warpgroup * kInstructionM * kRowBytes);
+    const uint64_t b = matrix_descriptor(shared + kBytesA);
+    int previous = 0;
+    for (int k = 0; k < blocks; ++k, ring.advance()) {
+      const uint64_t offset = ring.stage() * (kStageBytes >> 4);
+      ring.wait_filled();
+      wgmma_pin(acc);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kRowBytes / kInstructionBytes; ++step) {
+        const uint64_t along = offset + step * (kInstructionBytes >> 4);
+        Wgmma<Element>::multiply(acc, a + along, b + along, k > 0 || step > 0);
+      }
+      wgmma_commit();
+      wgmma_pin(acc);
+      wgmma_wait<1>();
+      if (STAGGER > 0 && k == start_other && warpgroup == 0) named_barrier_arrive<2 * kWarpgroup>(kStaggerBarrier);
+      if (k > 0) ring.release(previous, thread);
+      previous = ring.stage();
+    }
+    wgmma_wait<0>();
+    wgmma_pin(acc);
+    ring.release(previous, thread);
+  }
+};
+
+}  // namespace fxfuse::hopper

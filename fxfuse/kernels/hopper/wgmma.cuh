@@ -1,0 +1,100 @@
+// The tensor cores: wgmma of one warpgroup, both operands in 128-byte swizzled shared memory, float32 accumulators.
+//
+// A warpgroup multiplies a 64 x K tile of A by an N x K tile of B (both with K contiguous) where K is 32 bytes. Accumulator
+// i of a thread: row 16 * warp + lane / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace fxfuse::hopper {
+
+constexpr int kInstructionM = 64;
+constexpr int kInstructionBytes = 32;  // of K, per row
+
+struct TF32 {};  // float32 in memory, of which the tensor cores read the upper 19 bits
+
+// Describes a K-contiguous tile: rows of 128 bytes, groups of 8 rows 1024 bytes apart, 128-byte swizzle. The tile starts
+// at a multiple of 1024 bytes; adding `bytes / 16` steps along K inside a row.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared) {
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kGroupStride = uint64_t(1024 >> 4) << 32, kUnused = uint64_t(1) << 16;
+  return kSwizzle128 | kGroupStride | kUnused | ((shared & 0x3FFFF) >> 4);
+}
+
+// Accumulators may be read or written by other instructions before / after. Before the first wgmma of a batch.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most PENDING committed batches are unfinished.
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// Keeps the compiler from moving accumulators across this point while wgmma works on them.
+template <int COUNT>
+__device__ __forceinline__ void wgmma_pin(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// clang-format off
+#define FXFUSE_ACC_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FXFUSE_ACC_32(i) FXFUSE_ACC_8(i), FXFUSE_ACC_8(i + 8), FXFUSE_ACC_8(i + 16), FXFUSE_ACC_8(i + 24)
+#define FXFUSE_ACC_64 FXFUSE_ACC_32(0), FXFUSE_ACC_32(32)
+#define FXFUSE_ACC_128 FXFUSE_ACC_64, FXFUSE_ACC_32(64), FXFUSE_ACC_32(96)
+#define FXFUSE_LIST_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FXFUSE_LIST_128 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+// d += A B (d = A B where accumulate is 0). A, B, P: the numbers of the operands that follow the accumulators.
+#define FXFUSE_WGMMA(SHAPE_AND_TYPES, COUNT, A, B, P, MODIFIERS)                                       \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                        \
+               "wgmma.mma_async.sync.aligned." SHAPE_AND_TYPES " {" FXFUSE_LIST_##COUNT "}, %" #A ", %" #B ", p, " MODIFIERS ";\n}" \
+               : FXFUSE_ACC_##COUNT : "l"(a), "l"(b), "r"(accumulate))
+// clang-format on
+
+template <typename Element>
+struct Wgmma;
+
+template <>
+struct Wgmma<__nv_bfloat16> {
+  static __device__ __forceinline__ void multiply(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+    FXFUSE_WGMMA("m64n256k16.f32.bf16.bf16", 128, 128, 129, 130, "1, 1, 0, 0");
+  }
+  static __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+    FXFUSE_WGMMA("m64n128k16.f32.bf16.bf16", 64, 64, 65, 66, "1, 1, 0, 0");
+  }
+};
+template <>
+struct Wgmma<__half> {
+  static __device__ __forceinline__ void multiply(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+    FXFUSE_WGMMA("m64n256k16.f32.f16.f16", 128, 128, 129, 130, "1, 1, 0, 0");
+  }
+  static __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+    FXFUSE_WGMMA("m64n128k16.f32.f16.f16", 64, 64, 65, 66, "1, 1, 0, 0");
+  }
+};
+template <>
+struct Wgmma<TF32> {
+  static __device__ __forceinline__ void multiply(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+    FXFUSE_WGMMA("m64n256k8.f32.tf32.tf32", 128, 128, 129, 130, "1, 1");
+  }
+  static __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+    FXFUSE_WGMMA("m64n128k8.f32.tf32.tf32", 64, 64, 65, 66, "1, 1");
+  }
+};
+
+#undef FXFUSE_WGMMA
+
+}  // namespace fxfuse::hopper

@@ -1,0 +1,291 @@
+// Pointwise KL divergence: forward with or without a reduction, gradients in the same pass or in one of their own.
+//
+// One loop serves all: every thread loads a few packs of 16 bytes from each input before it uses the first, works in
+// float, and leaves the running sum in double once per round. Blocks write one partial sum each; a second kernel of one
+// block adds them in a fixed order. Meaning, NaN and inf follow torch.nn.functional.kl_div and its derivatives:
+//   log_target = false   loss = xlogy(t, t) - t * lp
+//   log_target = true    loss = exp(t) * (t - lp)          with lp = input, or log(input) where LOG_INPUT
+// Written out with library logarithms that is 59 instructions an element, as many as an H200 can issue while it reads
+// the two floats. A scalar loss of plain probabilities therefore takes a shorter road (kl_div_fast.cuh) a pack at a
+// time, and comes back to the long one for any pack that holds a negative, infinite, NaN or vanishing number.
+#include "finish.cuh"
+#include "kl_div_fast.cuh"
+#include "kl_div_point.cuh"
+
+namespace {
+
+using namespace fxfuse;
+
+constexpr int kThreads = 256;
+
+enum class Mode {
+  kReduce,       // partial sums
+  kReduceGrads,  // partial sums, and gradients for an incoming gradient of 1
+  kNone,         // elementwise loss
+  kBackward,     // gradients for a given incoming gradient
+};
+
+// Packs of each input that a thread has in flight. Passes that also write need fewer, and the registers for more warps.
+template <Mode MODE> constexpr int kUnroll = MODE == Mode::kReduce ? 4 : 2;
+template <Mode MODE> constexpr int kBlocksPerSm = MODE == Mode::kReduce ? 5 : MODE == Mode::kReduceGrads ? 3 : 4;
+
+
+struct Args {
+  const void* input;
+  const void* target;
+  const void* grad_output;  // kBackward: n elements, or one where !grad_is_vector
+  void* out;                // kNone
+  void* grad_input;         // null where not wanted
+  void* grad_target;
+  double* partial;
+  int64_t n;
+  float factor;             // what a reduction multiplies by: 1, 1 / n or 1 / batch
+  bool grad_is_vector;
+  bool aligned;             // every pointer in use is 16-byte aligned
+};
+
+// A pack of elements. Returns the sum of their losses; x takes the loss (kNone) or the gradient of the input, t the
+// gradient of the target.
+template <typename T, bool LOG_TARGET, bool LOG_INPUT, Mode MODE>
+__device__ __forceinline__ float pack_of_points(Pack<T>& x, Pack<T>& t, const Pack<T>* vector_g, float constant_g) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < Pack<T>::N; ++i) {
+    const float g = vector_g != nullptr ? vector_g->get(i) : constant_g;
+    const Point r = point<T, LOG_TARGET, LOG_INPUT>(x.get(i), t.get(i), g);
+    sum += r.loss;
+    if constexpr (MODE == Mode::kNone) x.set(i, r.loss);
+    if constexpr (MODE == Mode::kReduceGrads || MODE == Mode::kBackward) {
+      x.set(i, r.grad_input);
+      t.set(i, r.grad_target);
+    }
+  }
+  return sum;
+}
+
+// The long road beside the fast one: calls, so that the loop around them stays small.
+template <typename T, bool LOG_INPUT>
+__device__ __noinline__ float long_road(uint4 x_raw, uint4 t_raw) {
+  Pack<T> x, t;
+  x.raw = x_raw;
+  t.raw = t_raw;
+  return pack_of_points<T, false, LOG_INPUT, Mode::kReduce>(x, t, nullptr, 1.f);
+}
+struct PackGrads {
+  uint4 input, target;
+  float loss;
+};
+template <typename T, bool LOG_INPUT>
+__device__ __noinline__ PackGrads long_road_grads_call(uint4 x_raw, uint4 t_raw, float g) {
+  Pack<T> x, t;
+  x.raw = x_raw;
+  t.raw = t_raw;
+  const float loss = pack_of_points<T, false, LOG_INPUT, Mode::kReduceGrads>(x, t, nullptr, g);
+  return {x.raw, t.raw, loss};
+}
+template <typename T, bool LOG_INPUT>
+__device__ __forceinline__ float long_road_grads(Pack<T>& x, Pack<T>& t, float g) {
+  const PackGrads r = long_road_grads_call<T, LOG_INPUT>(x.raw, t.raw, g);
+  x.raw = r.input;
+  t.raw = r.target;
+  return r.loss;
+}
+
+// UNROLL packs of a chunk that starts at p. Unaligned data is read one element at a time with neighbouring threads on
+// neighbouring elements; the order inside a chunk then differs, alike for every tensor.
+template <typename T, int UNROLL>
+__device__ __forceinline__ void load_chunk(Pack<T> (&v)[UNROLL], const T* p, bool aligned) {
+  constexpr int N = Pack<T>::N;
+  if (aligned) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) v[u] = ld_stream(p + (u * kThreads + threadIdx.x) * N);
+  } else {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u)
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[u].at[i] = p[(u * N + i) * kThreads + threadIdx.x];
+  }
+}
+
+template <typename T, int UNROLL>
+__device__ __forceinline__ void store_chunk(T* p, const Pack<T> (&v)[UNROLL], bool aligned) {
+  constexpr int N = Pack<T>::N;
+  if (aligned) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) st_stream(p + (u * kThreads + threadIdx.x) * N, v[u]);
+  } else {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u)
+#pragma unroll
+      for (int i = 0; i < N; ++i) p[(u * N + i) * kThreads + threadIdx.x] = v[u].at[i];
+  }
+}
+
+template <typename T, bool LOG_TARGET, bool LOG_INPUT, Mode MODE>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<MODE>) kl_div_kernel(Args a) {
+  constexpr int N = Pack<T>::N;
+  constexpr int64_t kChunk = int64_t(kThreads) * kUnroll<MODE> * N;
+  constexpr bool kSum = MODE == Mode::kReduce || MODE == Mode::kReduceGrads;
+  // Gradients take as many instructions as a load takes time: the next round's loads are on their way meanwhile.
+  constexpr bool kAhead = MODE == Mode::kReduceGrads;
+  constexpr bool kGrads = MODE == Mode::kReduceGrads || MODE == Mode::kBackward;
+  const T* const input = static_cast<const T*>(a.input);
+  const T* const target = static_cast<const T*>(a.target);
+  const T* const grad_output = static_cast<const T*>(a.grad_output);
+  T* const out = static_cast<T*>(a.out);
+  T* const grad_input = static_cast<T*>(a.grad_input);
+  T* const grad_target = static_cast<T*>(a.grad_target);
+  const bool vector_g = MODE == Mode::kBackward && a.grad_is_vector;
+  const float constant_g =
+      !kGrads || vector_g ? 1.f : range_as<T>(MODE == Mode::kBackward ? ld_one(grad_output) * a.factor : a.factor);
+
+  double sum = 0;
+  const int64_t chunks = a.n / kChunk;
+  [[maybe_unused]] Pack<T> next_x[kUnroll<MODE>], next_t[kUnroll<MODE>];
+  if constexpr (kAhead) {
+    if (blockIdx.x < chunks) {
+      load_chunk(next_x, input + blockIdx.x * kChunk, a.aligned);
+      load_chunk(next_t, target + blockIdx.x * kChunk, a.aligned);
+    }
+  }
+  for (int64_t c = blockIdx.x; c < chunks; c += gridDim.x) {
+    const int64_t at = c * kChunk;
+    Pack<T> x[kUnroll<MODE>], t[kUnroll<MODE>];
+    [[maybe_unused]] Pack<T> g[kUnroll<MODE>];
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int u = 0; u < kUnroll<MODE>; ++u) {
+        x[u] = next_x[u];
+        t[u] = next_t[u];
+      }
+      if (c + gridDim.x < chunks) {
+        load_chunk(next_x, input + at + gridDim.x * kChunk, a.aligned);
+        load_chunk(next_t, target + at + gridDim.x * kChunk, a.aligned);
+      }
+    } else {
+      load_chunk(x, input + at, a.aligned);
+      load_chunk(t, target + at, a.aligned);
+    }
+    if (vector_g) load_chunk(g, grad_output + at, a.aligned);
+    float part = 0;
+#pragma unroll
+    for (int u = 0; u < kUnroll<MODE>; ++u) {
+      if constexpr (kSum && !LOG_TARGET) {
+        float loss;
+        Pack<T> gi;
+        const bool fast = grad_target == nullptr &&
+                          kl_div_fast<T, LOG_INPUT, MODE == Mode::kReduceGrads>(x[u], t[u], constant_g, loss, gi);
+        if (fast) {
+          if constexpr (kGrads) x[u] = gi;
+        } else if constexpr (kGrads) {
+          loss = long_road_grads<T, LOG_INPUT>(x[u], t[u], constant_g);
+        } else {
+          loss = long_road<T, LOG_INPUT>(x[u].raw, t[u].raw);
+        }
+        part += loss;
+      } else {
+        part += pack_of_points<T, LOG_TARGET, LOG_INPUT, MODE>(x[u], t[u], vector_g ? &g[u] : nullptr, constant_g);
+      }
+    }
+    if constexpr (kSum) sum += double(part);
+    if constexpr (MODE == Mode::kNone) store_chunk(out + at, x, a.aligned);
+    if constexpr (kGrads) {
+      if (grad_input != nullptr) store_chunk(grad_input + at, x, a.aligned);
+      if (grad_target != nullptr) store_chunk(grad_target + at, t, a.aligned);
+    }
+  }
+
+  // Less than a chunk is left: one element a thread, spread over the grid.
+  const int64_t rest = a.n - chunks * kChunk;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < rest; i += int64_t(gridDim.x) * kThreads) {
+    const int64_t at = chunks * kChunk + i;
+    const float gv = vector_g ? ld_one(grad_output + at) : constant_g;
+    const Point r = point<T, LOG_TARGET, LOG_INPUT>(ld_one(input + at), ld_one(target + at), gv);
+    if constexpr (kSum) sum += double(r.loss);
+    if constexpr (MODE == Mode::kNone) st_one(out + at, r.loss);
+    if constexpr (kGrads) {
+      if (grad_input != nullptr) st_one(grad_input + at, r.grad_input);
+      if (grad_target != nullptr) st_one(grad_target + at, r.grad_target);
+    }
+  }
+
+  if constexpr (kSum) {
+    __shared__ double shared[kThreads / kWarp];
+    sum = block_sum<kThreads>(sum, shared);
+    if (threadIdx.x == 0) {
+      if (gridDim.x == 1) st_one(out, float(sum * double(a.factor)));
+      else a.partial[blockIdx.x] = sum;
+    }
+  }
+}
+
+template <typename T, bool LOG_TARGET, bool LOG_INPUT, Mode MODE>
+int launch(const Args& a, double factor, const DeviceProps& props, cudaStream_t stream) {
+  static int resident = 0;  // blocks an SM holds of this instance: the same on every device of the targets
+  if (resident == 0) {
+    int blocks = 0;
+    FXFUSE_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &blocks, kl_div_kernel<T, LOG_TARGET, LOG_INPUT, MODE>, kThreads, 0));
+    resident = blocks;
+  }
+  constexpr int64_t kChunk = int64_t(kThreads) * kUnroll<MODE> * Pack<T>::N;
+  const int64_t useful = ceil_div<int64_t>(a.n, kChunk);
+  const int64_t most = int64_t(props.sm_count) * resident;
+  const int blocks = int(useful < most ? useful : most < kMaxPartials ? most : kMaxPartials);
+  kl_div_kernel<T, LOG_TARGET, LOG_INPUT, MODE><<<blocks, kThreads, 0, stream>>>(a);
+  FXFUSE_CHECK_LAUNCH();
+  if ((MODE == Mode::kReduce || MODE == Mode::kReduceGrads) && blocks > 1) {
+    FXFUSE_CHECK(finish<T>(a.partial, blocks, factor, 1.0, a.out, stream));
+  }
+  return 0;
+}
+
+template <typename T, Mode MODE>
+int choose(const Args& a, double factor, bool log_target, bool log_input, const DeviceProps& props, cudaStream_t s) {
+  if (log_target && log_input) return launch<T, true, true, MODE>(a, factor, props, s);
+  if (log_target) return launch<T, true, false, MODE>(a, factor, props, s);
+  if (log_input) return launch<T, false, true, MODE>(a, factor, props, s);
+  return launch<T, false, false, MODE>(a, factor, props, s);
+}
+
+bool all_aligned(const Args& a, bool out_is_vector) {
+  return aligned16(a.input) && aligned16(a.target) && (!a.grad_is_vector || aligned16(a.grad_output)) &&
+         (!out_is_vector || aligned16(a.out)) && aligned16(a.grad_input) && aligned16(a.grad_target);
+}
+
+}  // namespace
+
+// Loss of n elements. `reduce` != 0: `out` is one element, factor times the sum; with grad_input or grad_target not
+// null these receive the gradients for an incoming gradient of 1. `reduce` == 0: `out` is n elements and no gradients
+// are written. `scratch`: 4096 doubles (reduce only). n > 0; every tensor is dense and in the same order.
+FXFUSE_API int fxfuse_kl_div_forward(const void* input, const void* target, void* out, void* grad_input,
+                                     void* grad_target, void* scratch, int64_t n, double factor, int reduce,
+                                     int log_target, int log_input, int dtype, int device, void* stream) {
+  if (n <= 0) return int(cudaErrorInvalidValue);
+  FXFUSE_ON_DEVICE(device, props);
+  Args a{input, target, nullptr, out, grad_input, grad_target, static_cast<double*>(scratch), n, float(factor),
+         false, false};
+  a.aligned = all_aligned(a, !reduce);
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  const bool grads = grad_input != nullptr || grad_target != nullptr;
+  FXFUSE_DISPATCH(dtype, scalar_t, {
+    if (!reduce) return choose<scalar_t, Mode::kNone>(a, factor, log_target, log_input, *props, s);
+    if (grads) return choose<scalar_t, Mode::kReduceGrads>(a, factor, log_target, log_input, *props, s);
+    return choose<scalar_t, Mode::kReduce>(a, factor, log_target, log_input, *props, s);
+  });
+  return 0;
+}
+
+// Gradients (null where not wanted) for an incoming gradient of n elements (grad_is_vector) or of one, times factor.
+FXFUSE_API int fxfuse_kl_div_backward(const void* grad_output, const void* input, const void* target, void* grad_input,
+                                      void* grad_target, int64_t n, double factor, int grad_is_vector, int log_target,
+                                      int log_input, int dtype, int device, void* stream) {
+  if (n <= 0) return int(cudaErrorInvalidValue);
+  FXFUSE_ON_DEVICE(device, props);
+  Args a{input, target, grad_output, nullptr, grad_input, grad_target, nullptr, n, float(factor),
+         grad_is_vector != 0, false};
+  a.aligned = all_aligned(a, false);
+  FXFUSE_DISPATCH(dtype, scalar_t, return (choose<scalar_t, Mode::kBackward>(a, factor, log_target, log_input, *props,
+                                                                             static_cast<cudaStream_t>(stream))));
+  return 0;
+}

@@ -1,0 +1,218 @@
+"""Calls into ``linear_scale_batchnorm1d.cu``: product, scale and BatchNorm in few passes, forward and backward."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxfuse.kernels import gemm
+from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, PTR, pointer, stream
+from fxfuse.kernels.loader import library
+
+__all__ = ["Columns", "backward", "eval_apply", "eval_product", "one_kernel", "train", "train_apply", "train_product"]
+
+_NAME = "fxfuse_linear_scale_batchnorm1d_"
+_ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
+_SMALL_ROWS = 1024  # kSmallRows: up to here statistics and normalisation can be one launch
+_SMALL_ELEMENTS = 1 << 20  # ... and up to here that is the quicker way
+_PRODUCT_ROWS = 64  # rows of a partial that the Hopper GEMM writes
+
+#: How a batch's statistics reached ``train_apply``: (partials [blocks, N, 2], rows of a block); None: not computed yet.
+Partials = tuple[Tensor, int] | None
+
+
+class Columns(NamedTuple):
+    """Everything the op says about each column: vectors [N], single numbers, or None; alpha multiplies the scale."""
+
+    bias: Tensor | None
+    scale: Tensor | None
+    divisor: Tensor | None
+    alpha: float
+    weight: Tensor | None
+    shift: Tensor | None
+    eps: float
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (
+            *_vector(self.bias), *_vector(self.scale), *_vector(self.divisor), self.alpha,
+            *_vector(self.weight), *_vector(self.shift), self.eps,
+        )  # fmt: skip
+
+
+def _vector(t: Tensor | None) -> tuple[int | None, int]:
+    """Pointer and code of a contiguous vector or single number; the caller keeps the tensor alive."""
+    if t is None:
+        return None, 0
+    return t.data_ptr(), DTYPE_CODE[t.dtype] + (_ONE_FOR_ALL if t.numel() == 1 else 0)
+
+
+class _Functions(NamedTuple):
+    eval: Callable[..., None]
+    product: Callable[..., None]
+    train: Callable[..., None]
+    eval_apply: Callable[..., None]
+    block_rows: Callable[..., None]
+    statistics: Callable[..., None]
+    train_apply: Callable[..., None]
+    backward: Callable[..., None]
+
+
+@functools.lru_cache(maxsize=1)
+def _functions() -> _Functions:
+    found = library()
+    assert found is not None, "asked for before the kernels were there"
+    vector = [PTR, INT]
+    columns = [*vector, *vector, *vector, FLOAT, *vector, *vector, FLOAT]
+    end = [INT, PTR]
+    return _Functions(
+        found.function(_NAME + "eval", [PTR] * 3 + [I64] * 5 + columns + vector * 2 + [INT, INT] + end),
+        found.function(_NAME + "product", [PTR] * 4 + [I64] * 5 + [INT] + end),
+        found.function(_NAME + "train", [PTR] * 7 + [I64] * 5 + columns + vector * 2 + [FLOAT, INT] + end),
+        found.function(_NAME + "eval_apply", [PTR] * 2 + [I64] * 2 + columns + vector * 2 + [INT, INT] + end),
+        found.function(_NAME + "block_rows", [I64, PTR]),
+        found.function(_NAME + "statistics", [PTR] * 2 + [I64] * 2 + [INT] + end),
+        found.function(
+            _NAME + "train_apply",
+            [PTR] * 3 + [I64] + [PTR] * 2 + [I64] * 2 + columns + vector * 2 + [FLOAT] + [INT, INT] + end,
+        ),
+        found.function(_NAME + "backward", [PTR] * 9 + [I64] * 2 + columns + [INT, INT] + end),
+    )
+
+
+def _block_rows(rows: int) -> int:
+    """Rows of a partial of the reducing passes (reduction_rows in the source)."""
+    found = I64()
+    _functions().block_rows(rows, ctypes.addressof(found))
+    return found.value
+
+
+def eval_product(x: Tensor, weight: Tensor, c: Columns, mean: Tensor, var: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The op in evaluation in one kernel: out [M, N], where ``gemm.why_not_product`` is None."""
+    a, b = gemm.rows(x), gemm.rows(weight)
+    assert a is not None and b is not None
+    out = torch.empty(x.size(0), weight.size(0), dtype=out_dtype, device=x.device)
+    device = x.device.index
+    _functions().eval(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.size(0), weight.size(0), weight.size(1), a[1], b[1],
+        *c.arguments(), *_vector(mean), *_vector(var), DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], device, stream(device),
+    )  # fmt: skip
+    return out
+
+
+def eval_apply(acc: Tensor, c: Columns, mean: Tensor, var: Tensor, out: Tensor) -> Tensor:
+    """The same on a finished product acc [M, N] without bias; out may be acc."""
+    device = acc.device.index
+    _functions().eval_apply(
+        acc.data_ptr(), out.data_ptr(), *acc.shape, *c.arguments(), *_vector(mean), *_vector(var),
+        DTYPE_CODE[acc.dtype], DTYPE_CODE[out.dtype], device, stream(device),
+    )  # fmt: skip
+    return out
+
+
+def train_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Partials]:
+    """acc = x weight^T and its columns' statistics in one kernel, where ``gemm.why_not_product`` is None."""
+    a, b = gemm.rows(x), gemm.rows(weight)
+    assert a is not None and b is not None
+    m, n = x.size(0), weight.size(0)
+    acc = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    partials = torch.empty(-(-m // _PRODUCT_ROWS), n, 2, dtype=torch.float32, device=x.device)
+    device = x.device.index
+    _functions().product(
+        x.data_ptr(), weight.data_ptr(), acc.data_ptr(), partials.data_ptr(), m, n, weight.size(1), a[1], b[1],
+        DTYPE_CODE[x.dtype], device, stream(device),
+    )  # fmt: skip
+    return acc, (partials, _PRODUCT_ROWS)
+
+
+def one_kernel(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether ``train`` takes this batch, beside what ``gemm.why_not_product`` asks."""
+    return x.size(0) <= _SMALL_ROWS and x.dtype == out_dtype
+
+
+def train(
+    x: Tensor,
+    weight: Tensor,
+    c: Columns,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A training step in one kernel: (out [M, N], acc or None, saved [2, N]), where ``gemm.why_not_product`` is None and
+    M is at most 1024. ``keep``: whether the bare product acc is wanted for the backward pass."""
+    a, b = gemm.rows(x), gemm.rows(weight)
+    assert a is not None and b is not None
+    m, n, device = x.size(0), weight.size(0), x.device.index
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    acc = torch.empty_like(out) if keep else None
+    blocks = -(-m // _PRODUCT_ROWS)
+    scratch = torch.empty(blocks * n * 2 + -(-n // 128), dtype=torch.float32, device=x.device)
+    saved = torch.empty(2, n, dtype=torch.float32, device=x.device)
+    partials = scratch.data_ptr()
+    _functions().train(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
+        saved.data_ptr(), m, n, weight.size(1), a[1], b[1], *c.arguments(), *_vector(running_mean),
+        *_vector(running_var), momentum, DTYPE_CODE[x.dtype], device, stream(device),
+    )  # fmt: skip
+    return out, acc, saved
+
+
+def train_apply(
+    acc: Tensor,
+    partials: Partials,
+    c: Columns,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    out: Tensor,
+) -> Tensor:
+    """Normalises acc [M, N] (without bias) into out, which may be acc; updates the running statistics in place.
+
+    Without partials the statistics are computed here. Returns saved [2, N] float32: mean of acc, rstd of the scaled one.
+    """
+    rows, columns = acc.shape
+    device, dtype = acc.device.index, DTYPE_CODE[acc.dtype]
+    saved = torch.empty(2, columns, dtype=torch.float32, device=acc.device)
+    if partials is None and (rows > _SMALL_ROWS or acc.numel() > _SMALL_ELEMENTS):
+        block_rows = _block_rows(rows)
+        scratch = torch.empty(-(-rows // block_rows), columns, 2, dtype=torch.float32, device=acc.device)
+        _functions().statistics(acc.data_ptr(), scratch.data_ptr(), rows, columns, dtype, device, stream(device))
+        partials = scratch, block_rows
+    maps = None if partials is None else torch.empty(3, columns, dtype=torch.float32, device=acc.device)
+    _functions().train_apply(
+        acc.data_ptr(), out.data_ptr(), None if partials is None else partials[0].data_ptr(),
+        0 if partials is None else partials[1], pointer(maps), saved.data_ptr(), rows, columns, *c.arguments(),
+        *_vector(running_mean), *_vector(running_var), momentum, dtype, DTYPE_CODE[out.dtype], device, stream(device),
+    )  # fmt: skip
+    return saved
+
+
+def backward(
+    grad: Tensor, acc: Tensor, saved: Tensor, c: Columns, want_weight: bool, want_shift: bool, want_scale: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(d acc, d weight, d shift, d s) of a training step, None where not wanted; d s [N] float32 by the whole factor s.
+
+    grad [M, N] in out's dtype; acc and saved as the forward left them.
+    """
+    rows, columns = acc.shape
+    grad = grad.contiguous()
+    device = acc.device.index
+    block_rows = _block_rows(rows)
+    sums = -(-rows // block_rows) * 2  # float pairs first: they are read eight bytes at a time
+    scratch = torch.empty(sums + 3, columns, dtype=torch.float32, device=acc.device)
+    d_acc = torch.empty_like(acc)
+    d_weight = torch.empty_like(c.weight) if want_weight and c.weight is not None else None
+    d_shift = torch.empty_like(c.shift) if want_shift and c.shift is not None else None
+    d_scale = torch.empty(columns, dtype=torch.float32, device=acc.device) if want_scale else None
+    _functions().backward(
+        grad.data_ptr(), acc.data_ptr(), saved.data_ptr(), d_acc.data_ptr(), scratch.data_ptr(),
+        scratch.data_ptr() + 4 * sums * columns,
+        pointer(d_weight), pointer(d_shift), pointer(d_scale), rows, columns, *c.arguments(),
+        DTYPE_CODE[acc.dtype], DTYPE_CODE[grad.dtype], device, stream(device),
+    )  # fmt: skip
+    return d_acc, d_weight, d_shift, d_scale

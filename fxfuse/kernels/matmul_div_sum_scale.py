@@ -1,0 +1,189 @@
+"""Calls into ``matmul_div_sum_scale.cu``: y = scale * (x . v + beta), v = column sums of the weight, and its backward.
+
+Sums of the weight live in one float32 tensor of ``sums_size(K)`` elements: v [K], and beta (float64, two elements,
+8-byte aligned) at its end. They are all that the backward needs of the weight, and all that is kept of a frozen one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxfuse.kernels.abi import DOUBLE, DTYPE_CODE, I64, INT, PTR, pointer, stream
+from fxfuse.kernels.loader import library
+
+__all__ = ["available", "backward", "column_sums", "forward", "frozen", "sums_size", "why_not"]
+
+_NAME = "fxfuse_matmul_div_sum_scale_"
+
+
+class _Functions(NamedTuple):
+    scratch: Callable[..., None]
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
+@functools.lru_cache(maxsize=1)
+def _functions() -> _Functions:
+    found = library()
+    assert found is not None, "asked for before available()"
+    return _Functions(
+        found.function(_NAME + "scratch", [I64, I64, I64, INT, INT, PTR, INT, INT]),
+        found.function(
+            _NAME + "forward",
+            [PTR, I64, I64, PTR, I64, I64, I64, PTR, PTR, PTR, PTR, DOUBLE, PTR, INT, INT, INT, PTR],
+        ),
+        found.function(
+            _NAME + "backward", [PTR, I64, PTR, I64, I64, I64, I64, PTR, DOUBLE, PTR, PTR, PTR, PTR, INT, INT, PTR]
+        ),
+    )
+
+
+def available() -> bool:
+    """Whether the kernels are there; the first call may build them."""
+    return library() is not None
+
+
+def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    """The reason these tensors have no kernel, None when they have. Asks dtypes, devices, ranks and layouts alone."""
+    if x.device.type != "cuda" or weight.device != x.device or (bias is not None and bias.device != x.device):
+        return "not all on one CUDA device"
+    if x.dtype not in DTYPE_CODE or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        return "no kernel for these dtypes"
+    if x.dim() < 1 or weight.dim() != 2 or (bias is not None and bias.dim() != 1):
+        return "no kernel for these ranks"
+    if not _capable(x.device.index):
+        return "a GPU of compute capability below 8.0"
+    return None if available() else "the CUDA kernels are not there"
+
+
+@functools.lru_cache
+def _capable(index: int) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def sums_size(k: int) -> int:
+    """float32 elements that hold v [k] and beta."""
+    return k + k % 2 + 2
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """y and the sums, for x [..., K], weight [N, K] and bias [N] of one dtype and device.
+
+    y has x.shape[:-1], in x's dtype or float32 (``dtype``).
+    """
+    if weight.stride(1) != 1 and not weight.is_contiguous():  # a transposed weight: ATen sums along its rows
+        sums = _sums_of_transposed(weight, bias)
+        return frozen(x, sums, bias is not None, scale, dtype), sums
+    return _forward(x, weight, bias, None, scale, dtype)
+
+
+def frozen(x: Tensor, sums: Tensor, bias: bool, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    """y from sums computed before by ``forward`` or ``column_sums``; ``bias``: whether they hold a beta."""
+    return _forward(x, None, sums if bias else None, sums, scale, dtype)[0]
+
+
+def _sums_of_transposed(weight: Tensor, bias: Tensor | None) -> Tensor:
+    k = weight.shape[1]
+    sums = torch.empty(sums_size(k), dtype=torch.float32, device=weight.device)
+    torch.sum(weight, 0, dtype=torch.float32, out=sums[:k])
+    if bias is not None:
+        torch.sum(bias, 0, dtype=torch.float64, out=sums[k + k % 2 :].view(torch.float64)[0])
+    return sums
+
+
+def column_sums(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The sums of weight [N, K] and bias [N] alone."""
+    if weight.stride(1) != 1 and not weight.is_contiguous():
+        return _sums_of_transposed(weight, bias)
+    return _forward(None, weight, bias, None, 1.0, None)[1]
+
+
+def _forward(
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    scale: float,
+    y_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    some = weight if x is None else x
+    assert some is not None
+    dtype, device, k = some.dtype, some.device, some.shape[-1]
+    y, m, ldx, n, ldw, scratch = None, 0, 0, 0, 0, None
+    if x is not None:
+        y = x.new_empty(x.shape[0] if x.dim() == 2 else x.shape[:-1], dtype=y_dtype)
+        m = y.numel()
+        x, ldx = _rows(x, k)
+    if weight is not None:
+        weight, ldw = _rows(weight, k)
+        n = weight.shape[0]
+        sums = torch.empty(sums_size(k), dtype=torch.float32, device=device)
+        scratch = _scratch(n, k, ldw, weight, False)
+        bias = None if bias is None else bias.contiguous()
+    assert sums is not None
+    v = sums.data_ptr()
+    _functions().forward(
+        pointer(x), ldx, m, pointer(weight), ldw, n, k, None if weight is None else pointer(bias),
+        v, None if bias is None else v + 4 * (k + k % 2), pointer(scratch), scale, pointer(y),
+        y_dtype is torch.float32, DTYPE_CODE[dtype], device.index, stream(device.index),
+    )  # fmt: skip
+    return y if y is not None else sums, sums
+
+
+def backward(
+    grad: Tensor, x: Tensor, sums: Tensor | None, n: int, scale: float, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight [n, K], dbias [n]), None where not wanted, for grad of x.shape[:-1] (any strides).
+
+    sums are read only for dx. A gradient of another dtype than x's is scaled first and then rounded to it.
+    """
+    dtype, device, k = x.dtype, x.device, x.shape[-1]
+    need_x, need_w, need_b = (*wanted, False)[:3]
+    dx = torch.empty(x.shape, dtype=dtype, device=device) if need_x else None
+    dw = torch.empty(n, k, dtype=dtype, device=device) if need_w else None
+    db = torch.empty(n, dtype=dtype, device=device) if need_b else None
+    m = grad.numel()
+    if grad.dtype != dtype:
+        grad, scale = (grad * scale).to(dtype), 1.0
+    grad = grad if grad.dim() == 1 else grad.reshape(-1)  # an expanded gradient stays a view of stride 0
+    x, ldx = _rows(x, k) if need_w else (x, k)
+    scratch = _scratch(m, k, ldx, x, True) if need_w or need_b else None
+    _functions().backward(
+        grad.data_ptr(), grad.stride(0), x.data_ptr(), ldx, m, n, k, pointer(sums), scale,
+        pointer(dx), pointer(dw), pointer(db), pointer(scratch), DTYPE_CODE[dtype], device.index, stream(device.index),
+    )  # fmt: skip
+    return dx, dw, db
+
+
+def _rows(t: Tensor, k: int) -> tuple[Tensor, int]:
+    """t [..., k] as rows of consecutive elements at one stride: itself where it is, a copy where it is not."""
+    if t.is_contiguous():
+        return t, k
+    if t.dim() == 2 and t.stride(1) == 1:
+        return t, t.stride(0)
+    flat = t.reshape(-1, k)
+    return (flat, flat.stride(0)) if flat.stride(1) == 1 else (flat.contiguous(), k)
+
+
+_scratch_sizes: dict[tuple[int, int, int, bool, bool, torch.dtype, int], int] = {}
+
+
+def _scratch(rows: int, cols: int, ld: int, t: Tensor, weighted: bool) -> Tensor | None:
+    """Scratch for the column sums of t, None where none is needed. How much is asked once per size and layout."""
+    key = (rows, cols, ld, t.data_ptr() % 16 == 0, weighted, t.dtype, t.device.index)
+    size = _scratch_sizes.get(key)
+    if size is None:
+        if len(_scratch_sizes) > 4096:
+            _scratch_sizes.clear()
+        found = I64()
+        _functions().scratch(rows, cols, ld, key[3], weighted, ctypes.addressof(found), DTYPE_CODE[t.dtype], key[6])
+        size = _scratch_sizes[key] = found.value
+    return torch.empty(size, dtype=torch.float64, device=t.device) if size else None

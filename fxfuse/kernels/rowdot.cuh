@@ -1,0 +1,227 @@
+// A matrix times a vector, one read of the matrix: y[i] = scale * (x[i, :] . v + *beta).
+//
+// Threads copy their own 16-byte pieces of x into shared memory asynchronously, several rows ahead, and read back only
+// what they copied themselves: the pipeline needs no barrier. Started beside the kernel that computes v (see pdl.cuh),
+// it fills the multiprocessor's shared memory with x while that kernel still runs.
+#pragma once
+
+#include "rowdot_any.cuh"
+
+namespace fxfuse {
+
+constexpr int kRowdotTile = 8;  // rows that are reduced together
+
+// By the number of 16-byte pieces of a row per thread: rows in flight, and blocks that share a multiprocessor. Together
+// they fill its shared memory, and leave room for the kernel that computes v in its registers.
+template <typename T, int CHUNKS>
+struct RowdotShape {
+  static constexpr bool kFull = CHUNKS * Pack<T>::N == 32;
+  static constexpr int kStages = CHUNKS == 8 ? 6 : CHUNKS == 4 ? (kFull ? 8 : 4) : CHUNKS == 2 ? 6 : 8;
+  static constexpr int kRing = kStages * CHUNKS * kRowdotThreads * 16;  // bytes of shared memory
+  static constexpr int kBlocks = CHUNKS == 1 ? 5 : CHUNKS == 2 ? 4 : kFull ? 1 : 3;
+  static constexpr int kRegisterBlocks = CHUNKS == 1 ? 5 : kFull ? 3 : 4;
+};
+
+__device__ __forceinline__ void copy_async16(void* shared, const void* global, bool valid) {
+  const unsigned address = unsigned(__cvta_generic_to_shared(shared));
+  // Zero bytes of source: the piece is filled with zeros and `global` is not read.
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+
+// Where a thread stands in its sequence of (tile, panel, row).
+struct RowdotCursor {
+  int64_t tile;
+  int panel, row;
+  template <typename Args>
+  __device__ __forceinline__ void advance(const Args& args) {
+    if (++row < args.tile_rows) return;
+    row = 0;
+    if (++panel < args.panels) return;
+    panel = 0;
+    tile += gridDim.x;
+  }
+};
+
+// Sums kRowdotTile values per lane over the warp; lane l gets value (l / 4) % 8. Each step halves the values a lane
+// still carries, so that eight sums cost little more than one.
+__device__ __forceinline__ double reduce_tile(const float (&sum)[kRowdotTile]) {
+  static_assert(kRowdotTile == 8, "lane bits 2 to 4 pick the value");
+  const int lane = threadIdx.x % kWarp;
+  double value[kRowdotTile];
+#pragma unroll
+  for (int r = 0; r < kRowdotTile; ++r) value[r] = sum[r];
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+    const bool upper = lane & (4 * half);
+#pragma unroll
+    for (int r = 0; r < half; ++r) {
+      const double other = __shfl_xor_sync(0xffffffffu, upper ? value[r] : value[r + half], 4 * half);
+      value[r] = (upper ? value[r + half] : value[r]) + other;
+    }
+  }
+  return warp_sum<4>(value[0]);
+}
+
+// CHUNKS: 16-byte pieces of a panel per thread.
+template <typename T, int CHUNKS>
+__global__ void __launch_bounds__(kRowdotThreads, RowdotShape<T, CHUNKS>::kRegisterBlocks)
+    rowdot_kernel(RowdotArgs<T> args) {
+  constexpr int kVec = Pack<T>::N;
+  constexpr int kStages = RowdotShape<T, CHUNKS>::kStages;
+  extern __shared__ uint4 ring[];  // [stage][chunk][thread]
+  __shared__ double shared[2][kRowdotTile][kRowdotThreads / kWarp];
+  const int lanes = 1 << args.lanes_log2;
+  const int lane = threadIdx.x & (lanes - 1);
+  const int group = threadIdx.x >> args.lanes_log2;
+  const int groups = kRowdotThreads >> args.lanes_log2;
+  const int64_t tiles = ceil_div(args.rows, int64_t(args.tile_rows) * groups);
+  const auto row_of = [&](int64_t tile, int row) { return (tile * args.tile_rows + row) * groups + group; };
+  const auto panel_end = [&](int panel) { return min((panel + 1) * args.panel_chunks, args.chunks); };
+
+  RowdotCursor next = {int64_t(blockIdx.x), 0, 0};
+  uint4* slot = ring + threadIdx.x;  // the oldest stage, which is read and then filled again
+  const auto fill = [&](uint4* to) {
+    if (next.tile < tiles) {
+      const int64_t row = row_of(next.tile, next.row);
+      const int64_t first = next.panel * args.panel_chunks + lane;
+      const int64_t end = row < args.rows ? panel_end(next.panel) : 0;
+      const T* from = args.x + row * args.ld + first * kVec;
+#pragma unroll
+      for (int c = 0; c < CHUNKS; ++c, from += lanes * kVec) {
+        const bool valid = first + c * lanes < end;
+        copy_async16(to + c * kRowdotThreads, valid ? from : args.x, valid);
+      }
+      next.advance(args);
+    }
+    copy_commit();
+  };
+  float v[CHUNKS][kVec];
+  const auto load_v = [&](int panel) {
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      const int64_t chunk = panel * args.panel_chunks + c * lanes + lane;
+      const bool valid = chunk < panel_end(panel);
+#pragma unroll
+      for (int i = 0; i < kVec; i += 4) {
+        const float4 part = valid ? *reinterpret_cast<const float4*>(args.v + chunk * kVec + i) : float4{0, 0, 0, 0};
+        v[c][i] = part.x, v[c][i + 1] = part.y, v[c][i + 2] = part.z, v[c][i + 3] = part.w;
+      }
+    }
+  };
+  if (args.v_ready) load_v(0);  // ahead of x in the queue
+#pragma unroll 1
+  for (int s = 0; s < kStages; ++s) fill(ring + s * CHUNKS * kRowdotThreads + threadIdx.x);
+  pdl_wait();
+  pdl_release();
+  if (!args.v_ready) load_v(0);
+  const double beta = args.beta != nullptr ? *args.beta : 0.0;
+  int parity = 0;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    float sum[kRowdotTile];
+#pragma unroll
+    for (int r = 0; r < kRowdotTile; ++r) sum[r] = 0;
+    for (int panel = 0; panel < args.panels; ++panel) {
+      if (args.panels > 1 && (panel > 0 || tile != int64_t(blockIdx.x))) load_v(panel);
+#pragma unroll
+      for (int r = 0; r < kRowdotTile; ++r) {
+        if (r < args.tile_rows) {
+          copy_wait<kStages - 1>();
+          float part[4] = {0, 0, 0, 0};
+#pragma unroll
+          for (int c = 0; c < CHUNKS; ++c) {
+            Pack<T> x;
+            x.raw = slot[c * kRowdotThreads];
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) part[i % 4] = fmaf(x.get(i), v[c][i], part[i % 4]);
+          }
+          sum[r] += (part[0] + part[1]) + (part[2] + part[3]);
+          fill(slot);
+          slot += CHUNKS * kRowdotThreads;
+          if (slot >= ring + kStages * CHUNKS * kRowdotThreads) slot = ring + threadIdx.x;
+        }
+      }
+    }
+    if (lanes < kWarp) {
+#pragma unroll
+      for (int r = 0; r < kRowdotTile; ++r) {
+        double total = sum[r];
+        for (int other = lanes / 2; other > 0; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
+        if (lane == 0 && r < args.tile_rows && row_of(tile, r) < args.rows) {
+          store_row(args, row_of(tile, r), total + beta);
+        }
+      }
+    } else {
+      const int r = (threadIdx.x >> 2) & 7;
+      const double total = reduce_tile(sum);
+      if (lanes == kWarp) {
+        if (threadIdx.x % 4 == 0 && r < args.tile_rows && row_of(tile, r) < args.rows) {
+          store_row(args, row_of(tile, r), total + beta);
+        }
+      } else if (threadIdx.x % 4 == 0) {
+        shared[parity][r][threadIdx.x / kWarp] = total;
+      }
+    }
+    if (lanes > kWarp) {
+      __syncthreads();  // one per tile: the next tile writes the other half of `shared`
+      if (int(threadIdx.x) < args.tile_rows * groups) {
+        const int r = threadIdx.x / groups, g = threadIdx.x % groups, warps = lanes / kWarp;
+        const int64_t row = (tile * args.tile_rows + r) * groups + g;
+        double total = 0;
+        for (int w = 0; w < warps; ++w) total += shared[parity][r][g * warps + w];
+        if (row < args.rows) store_row(args, row, total + beta);
+      }
+      parity ^= 1;
+    }
+  }
+}
+
+template <typename T, int CHUNKS>
+inline cudaError_t launch_rowdot_chunks(const DeviceProps& props, const RowdotArgs<T>& args, cudaStream_t stream) {
+  using Shape = RowdotShape<T, CHUNKS>;
+  constexpr auto kKernel = rowdot_kernel<T, CHUNKS>;
+  const cudaError_t error = prepare_shared_memory<kKernel>(Shape::kRing);
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = int64_t(Shape::kBlocks) * props.sm_count;
+  const int64_t groups = kRowdotThreads >> args.lanes_log2;
+  RowdotArgs<T> a = args;
+  // Long tiles share a reduction, short ones spread few rows over the machine.
+  a.tile_rows = int(max(int64_t(1), min(int64_t(kRowdotTile), ceil_div(args.rows, groups * blocks))));
+  const int64_t tiles = ceil_div(args.rows, groups * a.tile_rows);
+  return launch(props, !a.v_ready, kKernel, unsigned(min(tiles, blocks)), kRowdotThreads, Shape::kRing, stream, a);
+}
+
+// args.{chunks, lanes_log2, panels, panel_chunks, tile_rows} are set here. v is 16-byte aligned. Where v is not ready,
+// the kernel launched just before on this stream is one of this library that computes it.
+template <typename T>
+inline cudaError_t launch_rowdot(const DeviceProps& props, RowdotArgs<T> args, int64_t cols, cudaStream_t stream) {
+  constexpr int kVec = Pack<T>::N;
+  constexpr int kMost = 32 / kVec;  // pieces per thread: 32 values of v stay in registers
+  if (args.rows == 0) return cudaSuccess;
+  if (!aligned16(args.x) || args.ld % kVec != 0 || cols % kVec != 0 || cols == 0) {
+    if (cols <= 128) return launch_rowdot_any<T, 8, 4>(props, args, cols, stream);
+    if (cols <= 2048) return launch_rowdot_any<T, kWarp, 4>(props, args, cols, stream);
+    return launch_rowdot_any<T, kRowdotThreads, 2>(props, args, cols, stream);
+  }
+  // The largest ring is for Hopper's shared memory.
+  const int64_t most = RowdotShape<T, kMost>::kRing <= props.smem_per_block ? kMost : kMost / 2;
+  args.chunks = cols / kVec;
+  args.panels = int(ceil_div(args.chunks, kRowdotThreads * most));
+  args.panel_chunks = ceil_div(args.chunks, int64_t(args.panels));
+  args.lanes_log2 = 0;
+  while ((1 << args.lanes_log2) < kRowdotThreads &&
+         (int64_t(1) << args.lanes_log2) * (args.lanes_log2 < 5 ? 1 : most) < args.panel_chunks) {
+    ++args.lanes_log2;
+  }
+  const int64_t chunks = ceil_div(args.panel_chunks, int64_t(1) << args.lanes_log2);
+  if (chunks <= 1) return launch_rowdot_chunks<T, 1>(props, args, stream);
+  if (chunks <= 2) return launch_rowdot_chunks<T, 2>(props, args, stream);
+  if (chunks <= 4) return launch_rowdot_chunks<T, 4>(props, args, stream);
+  if constexpr (kMost == 8) return launch_rowdot_chunks<T, 8>(props, args, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fxfuse

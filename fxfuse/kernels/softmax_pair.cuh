@@ -1,0 +1,323 @@
+// The online softmax of two rows at once, with the sum that couples them.
+//
+// In base 2, u = (t - mt) log2(e) / Tt and w = (s - ms) log2(e) / Ts, where mt, ms are the largest logits so far. One
+// pass keeps
+//     zt = sum 2^u      zs = sum 2^w      d = sum 2^u (u - w)
+// from which   KL / ln 2 = d / zt - log2 zt + log2 zs,   q = 2^u / zt,   p = 2^w / zs.
+// When the maxima move, and u by du, w by dw (not positive):  d <- 2^du (d + zt (du - dw)),  z <- 2^dz z.
+// Because u and w are relative to the maxima, a common offset of the logits costs no digits.
+#pragma once
+
+#include "kl_div_point.cuh"
+
+namespace fxfuse {
+
+constexpr float kLowest = -1e30f;  // below every scaled logit; finite, so that differences of maxima are
+
+// The lowest log2 q that eager's softmax still stores as more than zero.
+template <typename T> __device__ constexpr float kSmallestLog2 = -150.f;
+template <> __device__ constexpr float kSmallestLog2<__half> = -25.f;
+template <> __device__ constexpr float kSmallestLog2<__nv_bfloat16> = -134.f;
+
+// Whether T needs the minima of every row (float16 does, to see overflow); teacher gradients need them in any dtype.
+template <typename T> __device__ constexpr bool kNeedsMinima = false;
+template <> __device__ constexpr bool kNeedsMinima<__half> = true;
+
+// Half types keep exponentials as float16 (see KeptPack), which has its digits between 2^-14 and 2^15: all their
+// distances are this much larger. It is in zt, zs and d alike and cancels wherever they are used.
+constexpr float kHalfHeadroom = 14.f;
+
+// log2(e) over a temperature, and the distance of a logit from a maximum in base 2: one fused multiply-add, with what a
+// row subtracts rounded once. Sums over different maxima are brought together by the difference of those rounded terms,
+// so that their rounding (large where logits or 1 / T are) is the same everywhere and cancels.
+struct Scale {
+  float factor;
+
+  template <typename T>
+  __device__ __forceinline__ float bias(float max) const {
+    const float scaled = __fmul_rn(max, factor);  // never to be fused with what follows
+    return sizeof(T) == 4 ? -scaled : __fsub_rn(kHalfHeadroom, scaled);
+  }
+  template <typename T>
+  __device__ __forceinline__ float distance(float x, float max) const { return fmaf(x, factor, bias<T>(max)); }
+  // By how much distances change when the maximum does.
+  template <typename T>
+  __device__ __forceinline__ float shift(float old_max, float new_max) const {
+    return __fsub_rn(bias<T>(new_max), bias<T>(old_max));
+  }
+};
+struct Scales {
+  Scale t, s;
+};
+
+// A pack that holds exponentials in the room of its logits: float as they are, half types in float16, whose 11 digits
+// are three more than bfloat16's and as many as float16's own gradients have.
+template <typename T>
+struct KeptPack {
+  __device__ __forceinline__ static void keep(Pack<T>& p, const float (&e)[Pack<T>::N]) {
+    __half2* h = reinterpret_cast<__half2*>(&p.raw);
+#pragma unroll
+    for (int i = 0; i < Pack<T>::N / 2; ++i) h[i] = __floats2half2_rn(e[2 * i], e[2 * i + 1]);
+  }
+  __device__ __forceinline__ static float get(const Pack<T>& p, int i) {
+    return __half2float(reinterpret_cast<const __half*>(&p.raw)[i]);
+  }
+};
+template <>
+struct KeptPack<float> {
+  __device__ __forceinline__ static void keep(Pack<float>& p, const float (&e)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) p.at[i] = e[i];
+  }
+  __device__ __forceinline__ static float get(const Pack<float>& p, int i) { return p.at[i]; }
+};
+
+struct RowState {
+  float mt = kLowest, ms = kLowest;    // maxima
+  float zt = 0, zs = 0, d = 0;
+  float lt = -kLowest, ls = -kLowest;  // minima: where float16 overflows and where q vanishes
+
+  template <typename T>
+  __device__ __forceinline__ void move_maxima(float new_mt, float new_ms, Scales c) {
+    const float du = c.t.shift<T>(mt, new_mt), dw = c.s.shift<T>(ms, new_ms);
+    const float ft = exp2_fast(du);
+    d = zt == 0.f ? d : ft * fmaf(zt, du - dw, d);
+    zt *= ft;
+    zs *= exp2_fast(dw);
+    mt = new_mt;
+    ms = new_ms;
+  }
+  // A pair of logits under maxima that are at least theirs; afterwards s and t are 2^w and 2^u.
+  template <typename T, bool LOG_TARGET>
+  __device__ __forceinline__ void add(float& s, float& t, Scales c) {
+    const float u = c.t.distance<T>(t, mt), w = c.s.distance<T>(s, ms);
+    t = exp2_fast(u);
+    s = exp2_fast(w);
+    zt += t;
+    zs += s;
+    // A teacher logit of -inf counts nothing as a probability (0 log 0 = 0) and is NaN as a log-probability.
+    d = fmaf(t, (LOG_TARGET ? u : fmaxf(u, kLowest)) - w, d);
+  }
+  template <typename T, bool LOG_TARGET>
+  __device__ __forceinline__ void add(const Pack<T>& s, const Pack<T>& t, Scales c) {
+#pragma unroll
+    for (int i = 0; i < Pack<T>::N; ++i) {
+      float sv = s.get(i), tv = t.get(i);
+      add<T, LOG_TARGET>(sv, tv, c);
+    }
+  }
+  // The same, leaving the exponentials in place of the logits, so that gradients of the student need no more of them.
+  template <typename T, bool LOG_TARGET>
+  __device__ __forceinline__ void add_and_keep(Pack<T>& s, Pack<T>& t, Scales c) {
+    float es[Pack<T>::N], et[Pack<T>::N];
+#pragma unroll
+    for (int i = 0; i < Pack<T>::N; ++i) {
+      es[i] = s.get(i);
+      et[i] = t.get(i);
+      add<T, LOG_TARGET>(es[i], et[i], c);
+    }
+    KeptPack<T>::keep(s, es);
+    KeptPack<T>::keep(t, et);
+  }
+  // Joins the states of LANES neighbouring lanes; every lane gets the result, by the same operations in the same order.
+  template <typename T, int LANES = kWarp>
+  __device__ __forceinline__ void join_lanes(Scales c, bool minima) {
+    move_maxima<T>(warp_reduce<LANES>(mt, MaxNumber{}), warp_reduce<LANES>(ms, MaxNumber{}), c);
+    zt = warp_sum<LANES>(zt);
+    zs = warp_sum<LANES>(zs);
+    d = warp_sum<LANES>(d);
+    if (minima) {
+      lt = warp_reduce<LANES>(lt, MinNumber{});
+      ls = warp_reduce<LANES>(ls, MinNumber{});
+    }
+  }
+  struct MaxNumber {  // passes over NaN
+    __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+  };
+  struct MinNumber {
+    __device__ __forceinline__ float operator()(float a, float b) const { return fminf(a, b); }
+  };
+
+  // False: something is infinite, NaN or outside what T stores, and the row must be done as eager does it.
+  template <typename T>
+  __device__ __forceinline__ bool plain(Scales c) const {
+    bool ok = zt > 0.f && zs > 0.f && zt < kInf && zs < kInf && fabsf(d) < kInf;
+    if constexpr (kNeedsMinima<T>) {
+      const float limit = 65000.f * kLog2e;  // float16 overflows at 65520
+      const float high_t = mt * c.t.factor, low_t = lt * c.t.factor, high_s = ms * c.s.factor, low_s = ls * c.s.factor;
+      ok = ok && high_t < limit && high_s < limit && low_t > -limit && low_s > -limit && high_t - low_t < limit &&
+           high_s - low_s < limit;
+    }
+    return ok;
+  }
+};
+
+// Row losses of one warp. Logarithms in double take a microsecond, so a row is only noted, by one lane, and every 32
+// rows the lanes work out one each.
+struct LossQueue {
+  double sum = 0;
+  float zt = 0, zs, d;  // zt = 0: nothing noted
+  int noted = 0;
+
+  __device__ __forceinline__ void push(const RowState& row) {
+    if (int(threadIdx.x) % kWarp == noted) {
+      zt = row.zt;
+      zs = row.zs;
+      d = row.d;
+    }
+    if (++noted == kWarp) flush();
+  }
+  __device__ __forceinline__ void flush() {
+    if (zt != 0.f)
+      sum += (double(d) / double(zt) - log2(double(zt)) + log2(double(zs))) * 0.6931471805599453094;
+    zt = 0;
+    noted = 0;
+  }
+  // The sum over the warp, to every lane.
+  __device__ __forceinline__ double total() {
+    flush();
+    return warp_sum(sum);
+  }
+};
+
+// The larger (smaller) of two packs, place by place, and the largest (smallest) of one. Two elements an instruction in
+// half types. NaN is passed over: the sums show it.
+__device__ __forceinline__ float max_of(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ float min_of(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ __half2 max_of(__half2 a, __half2 b) { return __hmax2(a, b); }
+__device__ __forceinline__ __half2 min_of(__half2 a, __half2 b) { return __hmin2(a, b); }
+__device__ __forceinline__ __nv_bfloat162 max_of(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+__device__ __forceinline__ __nv_bfloat162 min_of(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmin2(a, b); }
+__device__ __forceinline__ float largest(float a) { return a; }
+__device__ __forceinline__ float smallest(float a) { return a; }
+template <typename V>
+__device__ __forceinline__ float largest(V a) { return fmaxf(to_float(a.x), to_float(a.y)); }
+template <typename V>
+__device__ __forceinline__ float smallest(V a) { return fminf(to_float(a.x), to_float(a.y)); }
+
+template <typename T> struct Word { using type = float; };  // what fills 32 bits of a pack
+template <> struct Word<__half> { using type = __half2; };
+template <> struct Word<__nv_bfloat16> { using type = __nv_bfloat162; };
+
+// The largest (LARGEST) or smallest of the packs taken so far, place by place until it is asked for.
+template <typename T, bool LARGEST>
+struct PackExtreme {
+  using W = typename Word<T>::type;
+  W best[4];
+
+  __device__ __forceinline__ static W of(W a, W b) {
+    if constexpr (LARGEST) return max_of(a, b);
+    else return min_of(a, b);
+  }
+  __device__ __forceinline__ PackExtreme() {
+    Pack<T> none;
+#pragma unroll
+    for (int i = 0; i < Pack<T>::N; ++i) none.set(i, LARGEST ? -kInf : kInf);
+    take_first(none);
+  }
+  __device__ __forceinline__ explicit PackExtreme(const Pack<T>& first) { take_first(first); }
+  __device__ __forceinline__ void take(const Pack<T>& v) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) best[i] = of(best[i], reinterpret_cast<const W*>(&v.raw)[i]);
+  }
+  __device__ __forceinline__ float get() const {
+    const W w = of(of(best[0], best[1]), of(best[2], best[3]));
+    if constexpr (LARGEST) return largest(w);
+    else return smallest(w);
+  }
+
+ private:
+  __device__ __forceinline__ void take_first(const Pack<T>& v) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) best[i] = reinterpret_cast<const W*>(&v.raw)[i];
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ Pack<T> load_pack(const T* p, bool aligned) {
+  if (aligned) return ld_stream(p);
+  Pack<T> v;
+#pragma unroll
+  for (int i = 0; i < Pack<T>::N; ++i) v.at[i] = p[i];
+  return v;
+}
+template <typename T>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T>& v, bool aligned) {
+  if (aligned) return st_stream(p, v);
+#pragma unroll
+  for (int i = 0; i < Pack<T>::N; ++i) p[i] = v.at[i];
+}
+
+// What the gradients of a row need, derived once from its state. g: the gradient that reaches each element's loss.
+//   grad_student = (p - q) g / Ts                     = es * a_s - et * b_s
+//   grad_teacher = q ((log q - log p) - KL) g / Tt    = et * b_t * ((u - w) - mean)
+struct RowGrads {
+  float mt, ms, a_s, b_s, b_t = 0, mean = 0;
+  Scales c;
+
+  template <typename T, bool LOG_TARGET>
+  __device__ __forceinline__ void prepare(const RowState& row, Scales scales, float g, bool teacher) {
+    c = scales;
+    mt = row.mt;
+    ms = row.ms;
+    const float inverse_t = reciprocal(row.zt), inverse_s = reciprocal(row.zs);
+    const float per_log2 = g * kLn2;  // the scales are log2(e) / temperature
+    a_s = per_log2 * c.s.factor * inverse_s;
+    b_s = per_log2 * c.s.factor * inverse_t;
+    if (!teacher) return;
+    b_t = per_log2 * kLn2 * c.t.factor * inverse_t;  // u - w is in base 2 as well
+    mean = row.d * inverse_t;
+    // Eager's derivative of q log q is NaN where q is stored as 0, and the softmax spreads it over the row.
+    if (!LOG_TARGET && c.t.distance<T>(row.lt, mt) - __log2f(row.zt) <= kSmallestLog2<T>)
+     
+      b_t = __int_as_float(0x7fffffff);
+  }
+  // 1 / z for the z of a softmax, which is at least about 1.
+  __device__ __forceinline__ static float reciprocal(float z) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(z));
+    return fmaf(r, fmaf(-z, r, 1.f), r);
+  }
+  template <typename T>
+  __device__ __forceinline__ float student(float s, float t) const {
+    return fmaf(exp2_fast(c.s.distance<T>(s, ms)), a_s, -(exp2_fast(c.t.distance<T>(t, mt)) * b_s));
+  }
+  template <typename T>
+  __device__ __forceinline__ float teacher(float s, float t) const {
+    const float u = c.t.distance<T>(t, mt), w = c.s.distance<T>(s, ms);
+    return exp2_fast(u) * b_t * ((u - w) - mean);
+  }
+  // Gradients of a pack, to where they are wanted (an address may be null).
+  template <typename T>
+  __device__ __forceinline__ void write(const Pack<T>& s, const Pack<T>& t, T* to_s, T* to_t, bool aligned) const {
+    if (to_s != nullptr) {
+      Pack<T> p;
+#pragma unroll
+      for (int i = 0; i < Pack<T>::N; ++i) p.set(i, student<T>(s.get(i), t.get(i)));
+      store_pack(to_s, p, aligned);
+    }
+    if (to_t != nullptr) {
+      Pack<T> p;
+#pragma unroll
+      for (int i = 0; i < Pack<T>::N; ++i) p.set(i, teacher<T>(s.get(i), t.get(i)));
+      store_pack(to_t, p, aligned);
+    }
+  }
+  // Gradients of the student from exponentials kept under the maxima that a lane had then.
+  template <typename T>
+  __device__ __forceinline__ void write_kept(const Pack<T>& s, const Pack<T>& t, float lane_a, float lane_b,
+                                             T* to) const {
+    Pack<T> p;
+#pragma unroll
+    for (int i = 0; i < Pack<T>::N; ++i)
+      p.set(i, fmaf(KeptPack<T>::get(s, i), lane_a, -(KeptPack<T>::get(t, i) * lane_b)));
+    st_stream(to, p);
+  }
+  template <typename T>
+  __device__ __forceinline__ void write_one(float s, float t, T* to_s, T* to_t) const {
+    if (to_s != nullptr) st_one(to_s, student<T>(s, t));
+    if (to_t != nullptr) st_one(to_t, teacher<T>(s, t));
+  }
+};
+
+}  // namespace fxfuse
