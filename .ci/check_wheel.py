@@ -16,13 +16,13 @@ SHIPPED = ("*.py", "*.cu", "*.cuh", "py.typed")
 PREBUILT = "fxfuse/kernels/_prebuilt/libfxfuse.so"
 
 
-def faults(wheel: Path) -> list[str]:
-    """What is wrong with `wheel`; empty when nothing is."""
+def faults(wheel: Path, root: Path = ROOT) -> list[str]:
+    """What is wrong with `wheel`, built from the sources in `root`; empty when nothing is."""
     found = []
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        package = ROOT / "fxfuse"
-        expected = {p.relative_to(ROOT).as_posix() for pattern in SHIPPED for p in package.rglob(pattern)}
+        package = root / "fxfuse"
+        expected = {p.relative_to(root).as_posix() for pattern in SHIPPED for p in package.rglob(pattern)}
         found += [f"missing: {name}" for name in sorted(expected - names)]
         foreign = {name for name in names if not name.startswith(("fxfuse/", "fxfuse-"))}
         found += [f"does not belong: {name}" for name in sorted(foreign)]

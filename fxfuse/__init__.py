@@ -1,7 +1,7 @@
 """fxfuse: a torch.fx graph-rewriting compiler pass with hand-written CUDA kernels.
 
-``fxfuse.optimize(model)`` and ``torch.compile(model, backend="fxfuse")`` find computations that one kernel does far better,
-replace exactly those, forward and backward, and leave the rest untouched.
+``fxfuse.optimize(model)`` and ``torch.compile(model, backend="fxfuse")`` find computations that one kernel does far
+better, replace exactly those, forward and backward, and leave the rest untouched.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -10,15 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fxfuse.capture import Captured, Signature, Untraceable, capture
-from fxfuse.examples import annotate, kinds_of, normalize
+from fxfuse.capture import capture
+from fxfuse.choice import Choice
 from fxfuse.fuse import Compiler, configure_logging, variant_of
-from fxfuse.pattern import Pattern, select
-from fxfuse.plan import Plan, Variant, plan_of, uninstall
+from fxfuse.pattern import Pattern, available, select
+from fxfuse.plan import Plan, plan_of, uninstall
 from fxfuse.report import Report, Untraced
+from fxfuse.signature import Signature, Untraceable
 from fxfuse.twin import twin
 
-__all__ = ["optimize", "report", "FusedFunction"]
+__all__ = ["FusedFunction", "optimize", "report"]
 
 _REPORT = "_fxfuse_report"
 Model = TypeVar("Model", bound=Callable[..., Any])
@@ -36,16 +38,21 @@ def optimize(
 
     Args:
         model: an ``nn.Module``, a plain function, or a ``torch.export.ExportedProgram``.
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. Optional; shapes that are known let
-            more guards decide, and arguments that are not tensors are told apart.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. Optional; shapes that are known
+            let more guards decide, and arguments that are not tensors are told apart.
         patterns: names or :class:`fxfuse.Pattern` objects to look for; all that exist when None.
         verify: compare with the original in float64 and in the model's own dtype on the example inputs, outputs and
             gradients, train and eval; a replacement that is out of bounds is undone and named.
         freeze: keep what depends on weights alone (the column sums of ``matmul_div_sum_scale``) until they change.
 
     Returns:
-        A module of the same class (or a function) that shares every parameter and buffer with ``model``, which stays as it
-        was. What cannot be traced keeps its own Python; ``fxfuse.report(result)`` says what happened.
+        A module of the same class (or a function) that shares every parameter and buffer with ``model``, which stays as
+        it was. What cannot be traced keeps its own Python; ``fxfuse.report(result)`` says what happened.
+
+    Parameters are shared as objects, so torch's own conversions reach both: ``result.half()`` or ``result.to(device)``
+    converts each ``Parameter`` in place, and the original's change with it, while buffers are replaced in the result
+    alone. Convert ``copy.deepcopy(result)`` to keep the original as it is. Modes, hooks, lists and dicts are the
+    result's own. What a forward does beside its tensors (a ``print``) happens once, when it is traced.
 
     Raises:
         TypeError: for a model or example inputs of a wrong type.
@@ -53,7 +60,11 @@ def optimize(
     """
     configure_logging()
     chosen = select(patterns)
-    example = normalize(example_inputs)
+    example = None
+    if example_inputs is not None:
+        from fxfuse.examples import normalize
+
+        example = normalize(example_inputs)
     if verify and example is None:
         raise ValueError("verify=True compares outputs, so it needs example_inputs")
     if isinstance(model, torch.export.ExportedProgram):
@@ -72,13 +83,19 @@ def optimize(
     return make(model, example, chosen, freeze)
 
 
-def _optimize_module(model: nn.Module, example: Any, patterns: tuple[Pattern, ...], freeze: bool) -> nn.Module:
+def _optimize_module(
+    model: nn.Module, example: Any, patterns: tuple[Pattern, ...], freeze: bool, choice: Choice | None = None
+) -> nn.Module:
     result = Report(title=type(model).__name__)
     fused = twin(model)
     for module in fused.modules():
         uninstall(module)
         module.__dict__.pop(_REPORT, None)
-    fused = Compiler(patterns, result, freeze, example).tree(fused)
+    for path, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            result.notes.append(f"{path or 'The model'} was compiled in place; the result runs it uncompiled. "
+                                "Compile the result instead.")  # fmt: skip
+    Compiler(patterns, result, freeze, example, choice).tree(fused)
     fused.__dict__[_REPORT] = result.settle()
     return fused
 
@@ -86,59 +103,70 @@ def _optimize_module(model: nn.Module, example: Any, patterns: tuple[Pattern, ..
 class FusedFunction:
     """A function that runs by its fused graph where the call fits, and as it was written where it does not."""
 
-    def __init__(self, function: Callable[..., Any], plan: Plan | None, owner: nn.Module | None, report: Report) -> None:
+    def __init__(self, function: Callable[..., Any], plan: Plan | None, report: Report) -> None:
         functools.update_wrapper(self, function)
         self.__wrapped__ = function
         self._plan = plan
-        self._owner = owner
         self.report = report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._plan is None:
             return self.__wrapped__(*args, **kwargs)
-        return self._plan(self._owner, self.__wrapped__, args, kwargs)
+        return self._plan(None, self.__wrapped__, args, kwargs)
 
     def __reduce__(self) -> Any:
-        names = self._plan.patterns if self._plan is not None else ()
-        return _again, (self.__wrapped__, names)
+        module, name = sys.modules.get(self.__module__), getattr(self, "__qualname__", "")
+        if getattr(module, name, None) is self:  # it took the place of the function it was made from
+            return name
+        plan = self._plan
+        return _again, (self.__wrapped__, plan and plan.patterns, plan and plan.choice)
+
+    def __deepcopy__(self, memo: Any) -> FusedFunction:
+        return self  # as a function is its own deep copy
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
 
-def _again(function: Callable[..., Any], names: tuple[str, ...]) -> Any:
-    return optimize(function, patterns=names)
+def _again(function: Callable[..., Any], names: tuple[str, ...] | None, choice: Choice | None) -> Any:
+    wanted = select(names and [name for name in names if name in available()])
+    return _optimize_function(function, None, wanted, False, choice)
 
 
-def _optimize_function(function: Any, example: Any, patterns: tuple[Pattern, ...], freeze: bool) -> FusedFunction:
+def _optimize_function(
+    function: Any, example: Any, patterns: tuple[Pattern, ...], freeze: bool, choice: Choice | None = None
+) -> FusedFunction:
     if isinstance(function, FusedFunction):
         function = function.__wrapped__
     result = Report(title=getattr(function, "__name__", type(function).__name__))
     if not isinstance(function, types.FunctionType):
         result.untraceable.append(Untraced("", f"a {type(function).__name__} is not a plain Python function"))
-        return FusedFunction(function, None, None, result)
-    signature = Signature(function, skip_first=False)
-    plan = Plan(tuple(p.name for p in patterns), signature, freeze)
+        return FusedFunction(function, None, result)
+    plan = None
     try:
-        kinds, captured = _capture_function(function, signature, example)
+        signature = Signature(function, skip_first=False)
+        kinds = _kinds_of_call(signature, example)
+        captured = capture(function, kinds, signature)
+        if example is not None:
+            from fxfuse.examples import annotate
+
+            annotate(captured, signature, example)
+        plan = Plan(tuple(p.name for p in patterns), signature, freeze, patterns, function, choice=choice)
+        plan.variants[kinds] = [variant_of(captured, patterns, result, "", freeze, choice=choice)]
     except Untraceable as reason:
         result.untraceable.append(Untraced("", str(reason)))
-        return FusedFunction(function, None, None, result)
-    variant = variant_of(captured, patterns, result, "", freeze)
-    plan.variants[kinds] = [variant if variant.run is not None else Variant(None, variant.holds)]
-    return FusedFunction(function, plan, captured.root, result.settle())
+    return FusedFunction(function, plan, result.settle())
 
 
-def _capture_function(function: Any, signature: Signature, example: Any) -> tuple[tuple[Any, ...], Captured]:
+def _kinds_of_call(signature: Signature, example: Any) -> tuple[Any, ...]:
     if example is not None:
-        kinds = kinds_of(signature, example)
-        captured = capture(function, kinds, signature)
-        annotate(captured, signature, example)
-        return kinds, captured
+        from fxfuse.examples import kinds_of
+
+        return kinds_of(signature, example)
     expected = signature.expected()
     if expected is None:
         raise Untraceable("it has an argument that is neither a tensor nor a float; give example_inputs")
-    return expected, capture(function, expected, signature)
+    return expected
 
 
 def report(fused: Any) -> Report:

@@ -3,7 +3,8 @@
     torch.compile(model, backend="fxfuse", options={"inner": "inductor"})
 
 What is not replaced goes on to the inner compiler unchanged. An op that Inductor cannot see into is put in only where a
-kernel of ours runs, or where the op does less work by algebra; with ``inner`` eager or aot_eager every match is replaced.
+kernel of ours runs, or where the op does less work by algebra; with ``inner`` eager or aot_eager every match is
+replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fxfuse.match import Match
 from fxfuse.pattern import Pattern, select
 from fxfuse.report import Report
 
-__all__ = ["backend", "pre_grad_pass", "reports", "INNER"]
+__all__ = ["INNER", "backend", "pre_grad_pass", "reports"]
 
 INNER = ("inductor", "aot_eager", "eager")
 #: reports of the graphs compiled last; older ones make room
@@ -53,7 +54,8 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     if inner not in INNER:
         raise ValueError(f"options={{'inner': {inner!r}}}: the inner compiler is one of {', '.join(INNER)}")
     if inner != "inductor" and (settings or mode):
-        raise ValueError(f"the options {sorted(settings) or mode!r} are Inductor's; with inner={inner!r} leave them out")
+        given = sorted(settings) or mode
+        raise ValueError(f"the options {given!r} are Inductor's; with inner={inner!r} leave them out")
     rewrite(gm.graph, patterns, opaque_must_pay=inner == "inductor", title=f"torch.compile graph {len(_reports)}")
     gm.recompile()
     if inner == "eager":

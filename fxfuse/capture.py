@@ -1,37 +1,38 @@
 """nn.Module or function -> fx graph, with everything the graph rests on.
 
-A symbolic trace is only as good as what it took for granted. Beside the graph, :class:`Captured` holds the Python attributes
-the forward read while it was traced (``self.training``, ``self.alpha``) and the modules whose call was replaced by their
-contents; :mod:`fxfuse.plan` checks both at run time and uses the module's own Python where they have changed.
+A symbolic trace is only as good as what it took for granted. Beside the graph, :class:`Captured` holds all of that
+(:mod:`fxfuse.assume`); :mod:`fxfuse.plan` checks it at run time and uses the module's own Python where it has changed.
+What a trace could not repeat at all (:mod:`fxfuse.watch`) makes the forward untraceable.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
-import inspect
+import threading
 import types
-from collections.abc import Callable, Mapping
+import weakref
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxfuse import vocabulary
+from fxfuse.assume import Assumptions, outside_values, picture
+from fxfuse.signature import NUMBER, Signature, Untraceable
+from fxfuse.values import Value
 from fxfuse.view import why_called_only
+from fxfuse.watch import Watcher, is_plain_method, kept_elsewhere, tracing, type_of
 
-__all__ = ["Captured", "Untraceable", "Signature", "capture", "TENSOR", "NUMBER", "CONSTANTS"]
+__all__ = ["Captured", "called_only", "capture"]
 
-TENSOR, NUMBER = "<tensor>", "<number>"
-#: values a graph may be specialised on
-CONSTANTS = (bool, int, str, type(None), torch.dtype, torch.device, torch.memory_format, enum.Enum)
-_MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
-_SIMPLE = (bool, int, float, str, type(None))
-
-
-class Untraceable(Exception):
-    """Why a forward cannot be read as one graph."""
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+#: torch's layers whose call gives one tensor, beside those the vocabulary reads
+_GIVES_TENSOR = (
+    "linear", "conv", "batchnorm", "instancenorm", "normalization", "dropout", "padding", "sparse", "flatten",
+)  # fmt: skip
 
 
 @dataclass
@@ -41,80 +42,24 @@ class Captured:
     Attributes:
         graph: the fx graph; its placeholders are the arguments that are tensors or floats, in order.
         root: the module the graph's attributes belong to.
-        reads: (module path, attribute) -> value seen while tracing.
+        assumed: what the graph rests on.
         inlined: paths of modules whose contents stand in the graph in place of a call.
+        is_function: a plain function was traced; the root holds the tensors it closes over.
     """
 
     graph: fx.Graph
     root: nn.Module
-    reads: dict[tuple[str, str], Any] = field(default_factory=dict)
+    assumed: Assumptions = field(default_factory=Assumptions)
     inlined: set[str] = field(default_factory=set)
+    is_function: bool = False
+
+    @property
+    def reads_mode(self) -> bool:
+        """Whether the forward looked at ``training``."""
+        return any(attribute == "training" for _, attribute in self.assumed.values)
 
 
-class Signature:
-    """The parameters of a forward and how a call binds to them, without the cost of ``inspect`` at every call."""
-
-    def __init__(self, function: Callable[..., Any], skip_first: bool) -> None:
-        parameters = list(inspect.signature(function).parameters.values())[1 if skip_first else 0 :]
-        self.variadic = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
-        self.names = tuple(p.name for p in parameters)
-        self.keyword_only = frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-        self.positional = len(self.names) - len(self.keyword_only)
-        self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        self.annotations = {p.name: p.annotation for p in parameters}
-
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
-        """Values in the order of the names, or None where the call does not fit."""
-        if len(args) > self.positional:
-            return None
-        values, used = list(args), 0
-        for name in self.names[len(args) :]:
-            if name in kwargs:
-                values.append(kwargs[name])
-                used += 1
-            elif name in self.defaults:
-                values.append(self.defaults[name])
-            else:
-                return None
-        return values if used == len(kwargs) else None
-
-    def expected(self) -> tuple[Any, ...] | None:
-        """The kinds of an ordinary call: required arguments are tensors (or floats, by annotation), the rest absent."""
-        kinds: list[Any] = []
-        for name in self.names:
-            if name in self.defaults:
-                kind = kind_of(self.defaults[name])
-            else:
-                annotation = self.annotations[name]
-                kind = NUMBER if annotation in (float, "float") else TENSOR
-                if annotation in (bool, int, str, "bool", "int", "str"):
-                    return None
-            if kind is None:
-                return None
-            kinds.append(kind)
-        return tuple(kinds)
-
-
-def kind_of(value: Any) -> Any:
-    """What a graph needs to know of an argument: TENSOR, NUMBER, a constant (in a 1-tuple), or None (cannot be traced)."""
-    if isinstance(value, torch.Tensor) or issubclass(type(value), fx.Proxy):
-        return TENSOR
-    if type(value) is float:
-        return NUMBER
-    if isinstance(value, CONSTANTS):
-        return (value,)
-    return None
-
-
-class _TensorProxy(fx.Proxy):
-    """An argument that is a tensor and says so: ``isinstance(x, Tensor)`` is true, as it will be when the graph runs."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
-        return torch.Tensor
-
-
-class _Tracer(fx.Tracer):
+class _Tracer(fx.Tracer, Watcher):
     """fx.Tracer that refuses what it would freeze silently, and writes down what it reads."""
 
     proxy_buffer_attributes = True
@@ -127,8 +72,13 @@ class _Tracer(fx.Tracer):
         self.closure = closure
         self.signature = signature
         self.kinds = kinds
+        self.thread = threading.get_ident()
         self.attribute_names: dict[int, str] = {}
         self.paths: dict[int, str] = {}
+        self.values: list[weakref.ref[fx.Proxy]] = []
+        self.containers: dict[int, tuple[Any, Any]] = {}
+        #: in place of fx's own cache, which a reference cycle of fx keeps alive
+        self.parameters: dict[str, fx.Proxy] = {}
 
     def prepare(self, root: nn.Module) -> None:
         """Index the tensors and modules of the tree by identity."""
@@ -140,11 +90,40 @@ class _Tracer(fx.Tracer):
                     if tensor is not None:
                         self.attribute_names.setdefault(id(tensor), prefix + name)
 
+    # --- values -----------------------------------------------------------------------------------------------------
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = Value(node, self)
+        self.values.append(weakref.ref(made))
+        return made
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a node's value is certainly a tensor."""
+        if node.op == "placeholder":
+            return "val" not in node.meta
+        if node.op == "get_attr":
+            return True
+        if node.op != "call_module":
+            return vocabulary.spelling_of(node.target, node.op) is not None
+        module = self.root.get_submodule(str(node.target))
+        place = type(module).__module__
+        known = place.startswith("torch.nn.modules.") and place.rpartition(".")[2] in _GIVES_TENSOR
+        return known or vocabulary.module_reader(module) is not None
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise self.refuse(f"it branches on the value of {obj.node.name}")
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        raise self.refuse(f"it iterates over {obj.node.name}")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        raise self.refuse(f"it unpacks the keys of {obj.node.name}")
+
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Placeholders for tensors and floats; constants go in as they are."""
         positional: list[Any] = [self.root] if is_module else []
         keywords: dict[str, Any] = {}
-        for name, kind in zip(self.signature.names, self.kinds):
+        for name, kind in zip(self.signature.names, self.kinds, strict=False):
             value = kind[0] if isinstance(kind, tuple) else self._placeholder(name, kind)
             if name in self.signature.keyword_only:
                 keywords[name] = value
@@ -156,29 +135,7 @@ class _Tracer(fx.Tracer):
         proxy = self.create_proxy("placeholder", name, (), {})
         if kind == NUMBER:
             proxy.node.meta["val"] = 1.0
-            return proxy
-        return _TensorProxy(proxy.node, self)
-
-    def path_of_module(self, mod: nn.Module) -> str:
-        try:
-            return self.paths[id(mod)]
-        except KeyError:
-            raise Untraceable(f"it calls a {type(mod).__name__} that is not registered as a submodule") from None
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if called_only(m):
-            return True
-        self.captured.inlined.add(module_qualified_name)
-        return False
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if isinstance(attr_val, torch.Tensor):
-            name = self.attribute_names.get(id(attr_val))
-            if name is not None:
-                if name not in parameter_proxy_cache:
-                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-                return parameter_proxy_cache[name]
-        return attr_val
+        return proxy
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):
@@ -190,24 +147,84 @@ class _Tracer(fx.Tracer):
             if name is not None:
                 return self.create_node("get_attr", name, (), {})
             if id(a) not in self.closure:
-                raise Untraceable("it makes a tensor that does not depend on its inputs; a trace would freeze it")
-        elif isinstance(a, (dict, list, tuple)) and type(a) not in (dict, list, tuple) and not hasattr(a, "_fields"):
-            if not isinstance(a, torch.Size) and not type(a).__module__.startswith("torch.fx"):
-                raise Untraceable(f"it passes or returns a {type(a).__name__}, which a trace would not rebuild")
+                raise self.refuse("it uses a tensor that is neither its own nor made of its inputs")
+        elif isinstance(a, (dict, list, tuple)) and not _rebuilt(a):
+            raise self.refuse(f"it passes or returns a {type(a).__name__}, which a trace would not rebuild")
         return super().create_arg(a)
 
+    # --- modules ----------------------------------------------------------------------------------------------------
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        try:
+            return self.paths[id(mod)]
+        except KeyError:
+            raise self.refuse(f"it calls a {type(mod).__name__} that is not registered as a submodule") from None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if called_only(m):
+            return True
+        self.captured.inlined.add(module_qualified_name)
+        return False
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:  # fx has patched nn.Module for the threads of others, too
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if isinstance(attr_val, torch.Tensor) and threading.get_ident() == self.thread:
+            name = self.attribute_names.get(id(attr_val))
+            if name is not None:
+                if name not in self.parameters:
+                    self.parameters[name] = self.create_proxy("get_attr", name, (), {})
+                return self.parameters[name]
+        return attr_val
+
+    def mind(self, container: Any) -> None:
+        """Remember what a list, dict or set holds, to put it back should the traced Python change it."""
+        if isinstance(container, (list, dict, set, deque)) and id(container) not in self.containers:
+            self.containers[id(container)] = (container, container.copy())
+
+    def put_back(self) -> bool:
+        """Undo changes of the containers; whether there were any."""
+        changed = False
+        for container, before in self.containers.values():
+            pairs = zip(_items(container), _items(before), strict=False)
+            if len(container) != len(before) or any(a is not b for a, b in pairs):
+                changed = True
+                container.clear()
+                container.update(before) if isinstance(container, (dict, set)) else container.extend(before)
+        return changed
+
     def seen(self, module: nn.Module, name: str, value: Any) -> Any:
-        """Called for every attribute the traced Python reads from a module of the tree."""
-        if name in _MODULE_INTERNALS or name.startswith("__"):
+        """Write down an attribute the traced Python reads from a module of the tree."""
+        if name.startswith("__"):
             return value
-        state = object.__getattribute__(module, "__dict__")
-        if name in state:
-            path = self.paths.get(id(module))
-            if path is not None and isinstance(value, _SIMPLE):
-                self.captured.reads[(path, name)] = value
-            elif path is not None and isinstance(value, torch.Tensor) and not isinstance(value, fx.Proxy):
-                return self.create_proxy("get_attr", f"{path}.{name}" if path else name, (), {})
+        path = self.paths.get(id(module))
+        if path is None or issubclass(type(value), fx.Proxy):
+            return value
+        assumed = self.captured.assumed
+        if name == "_modules":
+            assumed.children[path] = [(key, child and type_of(child)) for key, child in value.items()]
+            return value
+        if isinstance(value, torch.Tensor):
+            return self.create_proxy("get_attr", f"{path}.{name}" if path else name, (), {})
+        self.mind(value)
+        if is_plain_method(value) and name not in object.__getattribute__(module, "__dict__"):
+            assumed.methods.setdefault(path, set()).add(name)
+        elif (path, name) not in assumed.values:
+            assumed.values[(path, name)] = picture(value)
         return value
+
+
+def _rebuilt(value: Any) -> bool:
+    """Whether fx makes a container of the same type again."""
+    kind = type(value)
+    return kind in (dict, list, tuple, torch.Size) or hasattr(kind, "_fields") or kind.__module__.startswith("torch.fx")
+
+
+def _items(container: Any) -> Iterable[Any]:
+    return (part for item in container.items() for part in item) if isinstance(container, dict) else container
 
 
 def called_only(module: nn.Module) -> bool:
@@ -218,26 +235,6 @@ def called_only(module: nn.Module) -> bool:
     if name.startswith(("torch.nn", "torch.ao.nn", "torch._dynamo")) and not isinstance(module, nn.Sequential):
         return True
     return why_called_only(module) is not None
-
-
-_active: list[_Tracer] = []
-
-
-@lru_cache(maxsize=None)
-def _watched(kind: type) -> type:
-    """A subclass of a module type that tells the active tracer what its forward reads and refuses writes."""
-
-    def read(self: Any, name: str) -> Any:
-        value = kind.__getattribute__(self, name)
-        return _active[-1].seen(self, name, value) if _active else value
-
-    def write(self: Any, name: str, value: Any) -> None:
-        if _active:
-            raise Untraceable(f"its forward writes self.{name}")
-        kind.__setattr__(self, name, value)
-
-    body = {"__getattribute__": read, "__setattr__": write, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind)(kind.__name__, (kind,), body)
 
 
 def capture(target: nn.Module | types.FunctionType, kinds: tuple[Any, ...], signature: Signature) -> Captured:
@@ -253,33 +250,35 @@ def capture(target: nn.Module | types.FunctionType, kinds: tuple[Any, ...], sign
     """
     if signature.variadic:
         raise Untraceable("it takes *args or **kwargs")
-    is_module = isinstance(target, nn.Module)
-    root = target if isinstance(target, nn.Module) else nn.Module()
-    captured = Captured(fx.Graph(), root)
+    module = target if isinstance(target, nn.Module) else None
+    captured = Captured(fx.Graph(), module if module is not None else nn.Module())
     closure = frozenset() if isinstance(target, nn.Module) else _closure_tensors(target)
     tracer = _Tracer(captured, closure, signature, kinds)
-    watched: list[tuple[nn.Module, type]] = []
+    watched = []
+    if module is not None:
+        tracer.prepare(module)
+        watched = [m for m in module.modules() if m is module or isinstance(m, _CONTAINERS) or not called_only(m)]
+    functions = {type(m).forward for m in watched} if module is not None else {target}
+    read_outside = {f: list(outside_values(f, tensors=module is None)) for f in functions if hasattr(f, "__code__")}
+    for holder, key, _ in (read for reads in read_outside.values() for read in reads):
+        tracer.mind(holder[key] if isinstance(holder, dict) else holder.cell_contents)
     try:
-        if is_module:
-            tracer.prepare(root)
-            for module in root.modules():
-                if module is root or not called_only(module):
-                    watched.append((module, type(module)))
-                    object.__setattr__(module, "__class__", _watched(type(module)))
-        _active.append(tracer)
-        try:
+        with tracing(tracer, watched):
             captured.graph = tracer.trace(target)
-        finally:
-            _active.pop()
-    except Untraceable:
-        raise
     except Exception as error:  # tracing runs the user's Python with proxies: anything can come out of it
-        raise Untraceable(_first_line(error)) from error
+        raise tracer.refused or Untraceable(_first_line(error)) from error
     finally:
-        for module, kind in watched:
-            object.__setattr__(module, "__class__", kind)
-    if not is_module:
-        captured.root = tracer.root
+        changed = tracer.put_back()
+    if tracer.refused is not None:  # raised, and caught by the traced Python
+        raise tracer.refused
+    tracer.parameters.clear()
+    if changed or kept_elsewhere(tracer.values):
+        raise Untraceable("it keeps a value outside its results, which a trace would not repeat")
+    captured.root, captured.is_function = tracer.root, module is None
+    for path in captured.inlined:
+        captured.assumed.bypass(path, captured.root.get_submodule(path))
+    used = {type(captured.root.get_submodule(p)).forward for p in {"", *captured.inlined}} if module else functions
+    captured.assumed.outside = [read for f in used for read in read_outside.get(f, ())]
     return captured
 
 
@@ -293,10 +292,9 @@ def _closure_tensors(function: types.FunctionType) -> frozenset[int]:
 
 def _filled(cell: Any) -> bool:
     try:
-        cell.cell_contents
+        return cell.cell_contents is not None
     except ValueError:
         return False
-    return True
 
 
 def _first_line(error: BaseException) -> str:

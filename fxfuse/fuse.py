@@ -1,11 +1,12 @@
 """The compiler's middle: one graph read, matched, rewritten; a tree of modules fused where its matches live.
 
-A match is made in the smallest module that holds all of it: that module gets a fused forward, everything around it keeps
-its own Python, its hooks and its control flow.
+A match is made in the smallest module that holds all of it: that module gets a fused forward, everything around it
+keeps its own Python, its hooks and its control flow.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -15,13 +16,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxfuse.capture import Captured, Signature, Untraceable, called_only, capture
+from fxfuse import vocabulary
+from fxfuse.capture import Captured, called_only, capture
+from fxfuse.choice import Choice
+from fxfuse.known import call_of, steps_of
 from fxfuse.match import Match, Miss
 from fxfuse.pattern import Pattern
-from fxfuse.plan import Plan, Variant, compile_graph, condition, install, original_class
+from fxfuse.plan import Plan, Variant, compile_graph, install, original_class
 from fxfuse.report import Drawing, Replacement, Report, Untraced
 from fxfuse.rewrite import Found, Fuel, find, replace
-from fxfuse.view import View
+from fxfuse.signature import Signature, Untraceable, forward_signature
+from fxfuse.view import View, why_called_only
 
 __all__ = ["Compiler", "build_variant", "fuse_graph", "logger"]
 
@@ -60,9 +65,10 @@ def fuse_graph(
         allow: a last word on each match (see :func:`fxfuse.rewrite.find`).
         found: matches already at hand for this very graph.
     """
-    found = found or find(View(graph, root), patterns, allow)
+    found = found or find(View(graph, root), patterns, allow or last_word(None, where))
     by_name = {p.name: p for p in patterns}
     before = snapshot(graph, {n: m.pattern for m in found.matches for n in m.nodes}) if found.matches else ()
+    layers = {str(n.target): _class_name(root, str(n.target)) for n in graph.nodes if n.op == "call_module"}
     done: list[Match] = []
     for match in found.matches:
         reason = Fuel.take()
@@ -73,20 +79,39 @@ def fuse_graph(
         nodes = sorted(set(match.nodes), key=lambda n: match.view.order[n])
         operations = tuple(match.view.operations[n].replace("_module", "") for n in nodes)
         names = tuple(n.name for n in nodes)
-        replace(graph, match, by_name[match.pattern])
+        steps = steps_of(match)
+        new = replace(graph, match, by_name[match.pattern])
         place = ".".join(filter(None, (where, inside)))
+        op = by_name[match.pattern].op.__name__
+        known = (steps, call_of(new, op, match.view), steps[-1].result)
         report.replacements.append(
-            Replacement(match.pattern, by_name[match.pattern].op.__name__, names, place, operations, len(report.drawings))
+            Replacement(match.pattern, op, names, place, operations, len(report.drawings), *known)
         )
         logger.info("replaced %s in %s: %s", match.pattern, place or "the model", " → ".join(operations))
         done.append(match)
     if done:
         graph.lint()
-        report.drawings.append(Drawing(where, before, snapshot(graph, {})))
+        report.drawings.append(Drawing(where, before, snapshot(graph, {}), layers))
     report.add_misses(found.misses, where)
     for miss in found.misses:
         logger.debug("no %s at %s: %s", miss.pattern, miss.node, miss.reason)
     return done
+
+
+def last_word(choice: Choice | None, where: str) -> Callable[[Match, Pattern], str | None]:
+    """What decides about each match in the module at ``where``, after the pattern's own guards."""
+    if choice is None:
+        return called_as_written
+    chosen = choice.at(where)
+    return lambda match, pattern: called_as_written(match, pattern) or chosen(match, pattern)
+
+
+def called_as_written(match: Match, pattern: Pattern) -> str | None:
+    """A layer whose forward was replaced on the instance may do anything."""
+    for node in match.nodes:
+        if node.op == "call_module" and "forward" in match.view.module(str(node.target)).__dict__:
+            return f"the forward of '{node.target}' was replaced on the instance"
+    return None
 
 
 def snapshot(graph: fx.Graph, marks: dict[fx.Node, str]) -> tuple[tuple[str, str, tuple[str, ...], str], ...]:
@@ -100,18 +125,22 @@ def snapshot(graph: fx.Graph, marks: dict[fx.Node, str]) -> tuple[tuple[str, str
     return tuple(rows)
 
 
+def _class_name(root: nn.Module | None, path: str) -> str:
+    return original_class(root.get_submodule(path)).__name__ if root is not None else ""
+
+
 def owner_of(match: Match) -> str:
     """The path of the smallest module whose forward computes all of a match ('' is the root)."""
     paths = [stack_path(node) for node in match.nodes]
     common = paths[0]
     for path in paths[1:]:
-        common = tuple(a for a, b in zip(common, path) if a == b)[: _shared_length(common, path)]
+        common = tuple(a for a, b in zip(common, path, strict=False) if a == b)[: _shared_length(common, path)]
     return common[-1] if common else ""
 
 
 def _shared_length(a: tuple[str, ...], b: tuple[str, ...]) -> int:
     length = 0
-    for x, y in zip(a, b):
+    for x, y in zip(a, b, strict=False):
         if x != y:
             break
         length += 1
@@ -129,20 +158,25 @@ def stack_path(node: fx.Node) -> tuple[str, ...]:
     return tuple(p for p in paths if p)
 
 
-def build_variant(
-    owner: nn.Module, kinds: tuple[Any, ...], signature: Signature, patterns: Sequence[Pattern], freeze: bool = False
-) -> Variant:
-    """A graph for one more kind of call of a module that runs by a plan; ``run`` is None when Python must do."""
-    kind, plan_class = original_class(owner), type(owner)
-    owner.__class__ = kind
+def build_variant(plan: Plan, owner: Any, kinds: tuple[Any, ...]) -> Variant:
+    """A graph for one more kind of call of what runs by a plan; ``run`` is None when Python must do."""
+    if plan.function is not None:
+        return _built(plan, plan.function, kinds)
+    plan_class = type(owner)
+    object.__setattr__(owner, "__class__", original_class(owner))
     try:
-        captured = capture(owner, kinds, signature)
-        return variant_of(captured, patterns, Report(), "", freeze)
-    except Untraceable as reason:
-        logger.info("a call of %s keeps its Python: %s", kind.__name__, reason)
-        return Variant(None, lambda owner: True)
+        return _built(plan, owner, kinds)
     finally:
-        owner.__class__ = plan_class
+        object.__setattr__(owner, "__class__", plan_class)
+
+
+def _built(plan: Plan, target: Any, kinds: tuple[Any, ...]) -> Variant:
+    try:
+        captured = capture(target, kinds, plan.signature)
+        return variant_of(captured, plan.wanted(), Report(), plan.where, plan.freeze, choice=plan.choice)
+    except Untraceable as reason:
+        logger.info("a call of %s keeps its Python: %s", getattr(target, "__name__", type(target).__name__), reason)
+        return Variant(None, lambda owner: True)
 
 
 def variant_of(
@@ -152,19 +186,32 @@ def variant_of(
     where: str,
     freeze: bool = False,
     found: Found | None = None,
+    choice: Choice | None = None,
 ) -> Variant:
     """Fuse a captured graph and make it callable."""
-    bypassed = set(captured.inlined)
-    done = fuse_graph(captured.graph, captured.root, patterns, report, where, found=found)
-    for match in done:
-        bypassed.update(str(n.target) for n in match.nodes if n.op == "call_module")
+    done = fuse_graph(captured.graph, captured.root, patterns, report, where, last_word(choice, where), found)
+    for path in {str(n.target) for match in done for n in match.nodes if n.op == "call_module"}:
+        module = captured.root.get_submodule(path)
+        captured.assumed.bypass(path, module)
+        captured.assumed.read_settings(path, module)
     if not done:
-        return Variant(None, condition(captured, bypassed))
+        return Variant(None, captured.assumed.check())
     if freeze:
         from fxfuse.freeze import freeze_graph
 
         freeze_graph(captured.graph)
-    return Variant(compile_graph(captured.graph), condition(captured, bypassed), len(done))
+    run = compile_graph(captured.graph)
+    if captured.is_function:  # the tensors it closes over live in the root made for it
+        run = functools.partial(_run_function, run, captured.root)
+    return Variant(run, captured.assumed.check(), len(done))
+
+
+def _run_function(run: Callable[..., Any], root: nn.Module, owner: None, *tensors: Any) -> Any:
+    return run(root, *tensors)
+
+
+def _in_mode(training: bool, owner: nn.Module) -> bool:
+    return owner.training == training
 
 
 @dataclass
@@ -175,44 +222,77 @@ class Compiler:
     report: Report
     freeze: bool = False
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    choice: Choice | None = None
     _visited: set[int] = field(default_factory=set)
 
-    def tree(self, module: nn.Module, path: str = "") -> nn.Module:
-        """Fuse a module and everything below it; returns the module to use in its place (another only for a graph)."""
+    def tree(self, module: nn.Module, path: str = "") -> None:
+        """Fuse a module and everything below it, in place."""
         if id(module) in self._visited:
-            return module
+            return
         self._visited.add(id(module))
         if isinstance(module, fx.GraphModule):
-            return self.graph_module(module, path)
-        if path and called_only(module) and not _has_own_children(module):
-            return module
-        if type(module).forward is nn.Module.forward:  # a container without a forward: nothing of its own to trace
-            return self._children(module, path)
+            self.graph_module(module, path)
+        elif isinstance(module, torch.jit.ScriptModule):
+            self.report.untraceable.append(Untraced(path, "it is TorchScript"))
+        elif type(module).forward is nn.Module.forward:  # a container without a forward: nothing of its own to trace
+            self._children(module, path)
+        elif not path or module._modules or not called_only(module):
+            self._python(module, path)
+
+    def _python(self, module: nn.Module, path: str) -> None:
         try:
             captured = self._capture(module, path)
         except Untraceable as reason:
             if not (path and type(module).__module__.startswith("torch.")):
                 self.report.untraceable.append(Untraced(path, str(reason)))
-            return self._children(module, path)
-        found = find(View(captured.graph, captured.root), self.patterns)
-        if not found.matches:
+            self._children(module, path)
+            return
+        view = View(captured.graph, captured.root)
+        self._note_refused(view, path)
+        found = find(view, self.patterns, last_word(self.choice, path))
+        if found.matches:
+            owners = {owner_of(m) for m in found.matches}
+            here = "" in owners or (path == "" and self.example is not None)
+            if here or not self._below(module, path, found, owners):
+                self._fuse(module, path, captured, found)
+        else:
             self.report.add_misses(found.misses, path)
-            return module
-        owners = {owner_of(m) for m in found.matches}
-        if "" in owners or path == "" and self.example is not None or not self._below(module, path, found, owners):
-            self._fuse(module, path, captured, found)
-        return module
+        self._leaves(module, path, captured.inlined, "")
 
-    def _children(self, module: nn.Module, path: str) -> nn.Module:
+    def _note_refused(self, view: View, path: str) -> None:
+        """Say which layers a pattern could have read, were it not for their hooks or parametrizations."""
+        for node in view.order:
+            layer = view.module(str(node.target)) if node.op == "call_module" else None
+            if layer is not None:
+                reason = why_called_only(layer)
+                if reason is not None and (vocabulary.module_reader(layer) or vocabulary.module_kin(layer)):
+                    note = f"'{path + '.' if path else ''}{node.target}' {reason}."
+                    if note not in self.report.notes:
+                        self.report.notes.append(note)
+
+    def _children(self, module: nn.Module, path: str) -> None:
         for name, child in module._modules.items():
             if child is not None:
-                module._modules[name] = self.tree(child, f"{path}.{name}" if path else name)
-        return module
+                self.tree(child, f"{path}.{name}" if path else name)
+
+    def _leaves(self, module: nn.Module, path: str, inlined: set[str], inside: str) -> None:
+        """Try what a trace of ``module`` called without looking into it: modules with hooks, graphs, torch's blocks."""
+        for name, child in module._modules.items():
+            if child is None or isinstance(child, torch.jit.ScriptModule):
+                continue
+            if not child._modules and not isinstance(child, fx.GraphModule):
+                continue
+            here = f"{inside}.{name}" if inside else name
+            place = f"{path}.{name}" if path else name
+            if here in inlined or type(child).forward is nn.Module.forward:
+                self._leaves(child, place, inlined, here)
+            else:
+                self.tree(child, place)
 
     def _capture(self, module: nn.Module, path: str) -> Captured:
         if "forward" in module.__dict__:
             raise Untraceable("its forward was replaced on the instance")
-        signature = Signature(type(module).forward, skip_first=True)
+        signature = forward_signature(type(module))
         kinds = self._kinds(signature, path)
         captured = capture(module, kinds, signature)
         if path == "" and self.example is not None:
@@ -234,7 +314,7 @@ class Compiler:
         return kinds
 
     def _below(self, module: nn.Module, path: str, found: Found, owners: set[str]) -> bool:
-        """Fuse in the submodules that hold the matches; False (and nothing done) where one of them alone cannot be read."""
+        """Fuse in the submodules that hold the matches; False, and nothing done, where one alone cannot be read."""
         outermost = [o for o in sorted(owners) if not any(o != p and o.startswith(p + ".") for p in owners)]
         prepared: list[tuple[nn.Module, str, Captured, Found]] = []
         for owner in outermost:
@@ -245,12 +325,12 @@ class Compiler:
             except Untraceable as reason:
                 logger.debug("%s alone cannot be traced (%s); fusing in the module around it", place, reason)
                 return False
-            inside = find(View(captured.graph, captured.root), self.patterns)
+            inside = find(View(captured.graph, captured.root), self.patterns, last_word(self.choice, place))
             wanted = {m.pattern for m in found.matches if (owner_of(m) + ".").startswith(owner + ".")}
             if not wanted <= {m.pattern for m in inside.matches}:
                 return False
             prepared.append((child, place, captured, inside))
-        misses = [m for m in found.misses]
+        misses = list(found.misses)
         for child, place, captured, inside in prepared:
             if id(child) not in self._visited:
                 self._visited.add(id(child))
@@ -260,53 +340,38 @@ class Compiler:
 
     def _fuse(self, module: nn.Module, path: str, captured: Captured, found: Found) -> None:
         """Give a module a plan with the graph just made, and with the other mode's where the mode was read."""
-        signature = Signature(type(module).forward, skip_first=True)
+        signature = forward_signature(type(module))
         kinds = self._kinds(signature, path)
-        plan = Plan(tuple(p.name for p in self.patterns), signature, self.freeze)
+        plan = Plan(tuple(p.name for p in self.patterns), signature, self.freeze, tuple(self.patterns))
+        plan.choice, plan.where = self.choice, path
         first = variant_of(captured, self.patterns, self.report, path, self.freeze, found)
         if first.run is None:
             return
         plan.variants[kinds] = [first]
-        if any(attribute == "training" for _, attribute in captured.reads):
-            plan.variants[kinds].append(self._other_mode(module, kinds, signature))
+        if captured.reads_mode:
+            plan.variants[kinds].append(self._other_mode(module, path, kinds, signature))
         install(module, plan)
 
-    def _other_mode(self, module: nn.Module, kinds: tuple[Any, ...], signature: Signature) -> Variant:
+    def _other_mode(self, module: nn.Module, path: str, kinds: tuple[Any, ...], signature: Signature) -> Variant:
         modes = [(m, m.training) for m in module.modules()]
         try:
             for m, training in modes:
                 m.training = not training
-            return variant_of(capture(module, kinds, signature), self.patterns, Report(), "", self.freeze)
+            captured = capture(module, kinds, signature)
+            return variant_of(captured, self.patterns, Report(), path, self.freeze, choice=self.choice)
         except Untraceable:
-            return Variant(None, lambda owner, training=not module.training: owner.training == training)
+            return Variant(None, functools.partial(_in_mode, not module.training))
         finally:
             for m, training in modes:
                 m.training = training
 
-    def graph_module(self, module: fx.GraphModule, path: str) -> fx.GraphModule:
+    def graph_module(self, module: fx.GraphModule, path: str) -> None:
         """Fuse a graph that already is one (symbolic_trace, torch.export); graph in, graph out."""
-        import copy
+        done = fuse_graph(module.graph, module, self.patterns, self.report, path, last_word(self.choice, path))
+        if done:
+            if self.freeze:
+                from fxfuse.freeze import freeze_graph
 
-        graph = copy.deepcopy(module.graph)
-        done = fuse_graph(graph, module, self.patterns, self.report, path)
-        if self.freeze and done:
-            from fxfuse.freeze import freeze_graph
-
-            freeze_graph(graph)
-        fused = fx.GraphModule(module, graph, type(module).__name__) if done else module
-        if fused is not module:
-            for table in ("_parameters", "_buffers", "_modules"):
-                setattr(fused, table, dict(getattr(module, table)))
-            for key, value in module.__dict__.items():
-                if key not in fused.__dict__:
-                    fused.__dict__[key] = value
-            fused.training = module.training
-            for table in [k for k in module.__dict__ if "_hooks" in k]:
-                fused.__dict__[table] = module.__dict__[table]
-        self._children(fused, path)
-        return fused
-
-
-def _has_own_children(module: nn.Module) -> bool:
-    """A called module is still worth a look below when children of it may be the user's own."""
-    return any(True for _ in module.children()) and not isinstance(module, torch.jit.ScriptModule)
+                freeze_graph(module.graph)
+            module.recompile()
+        self._children(module, path)

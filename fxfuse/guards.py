@@ -14,7 +14,7 @@ from torch import fx
 from fxfuse.match import Match
 from fxfuse.view import Attr
 
-__all__ = ["Guard", "bias_is_vector", "last_dim", "per_channel", "rank", "same_dim", "weight_is_matrix"]
+__all__ = ["Guard", "bias_is_vector", "last_dim", "per_channel", "rank", "same_dim", "single_dim", "weight_is_matrix"]
 
 Guard = Callable[[Match], "str | None"]
 
@@ -37,7 +37,12 @@ def bias_is_vector(match: Match) -> str | None:
     known = match.view.tensor(bias)
     if known is None:
         return f"whether {match.view.describe(bias)} is a bias vector is not known before it runs; give example_inputs"
-    return None if known.dim() == 1 else f"what is added to the product has {known.dim()} dimensions, a bias has 1"
+    if known.dim() != 1:
+        return f"what is added to the product has {known.dim()} dimensions, a bias has 1"
+    weight = match.view.tensor(match["weight"])
+    if weight is not None and weight.dtype != known.dtype:
+        return f"what is added to the product is {known.dtype}, the weight is {weight.dtype}"
+    return None
 
 
 def rank(name: str, wanted: int, words: str) -> Guard:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx
 
 from fxfuse import vocabulary
-from fxfuse.view import Attr, ModuleRef, View
+from fxfuse.view import Attr, Call, ModuleRef, View
 
 __all__ = ["Var", "Op", "Either", "Chain", "Step", "Match", "Miss", "op", "variables", "number", "matcher"]
 
@@ -75,7 +75,7 @@ class Step:
     node: fx.Node
 
 
-#: longer runs of scalings are cut here, so that no graph makes matching more than linear
+#: longer runs of scalings are left alone: nobody writes them, and following them costs a call of Python's stack each
 _LONGEST_CHAIN = 32
 
 
@@ -223,6 +223,7 @@ class matcher:
         self.expression = expression
         self.view = view
         self._dead: dict[tuple[int, fx.Node], _Failure] = {}
+        self._runs: dict[fx.Node, int] = {}
 
     def __call__(self, root: fx.Node) -> Match | Miss:
         """Try the expression with ``root`` as its outermost node."""
@@ -271,13 +272,14 @@ class matcher:
         """An inner node's value must have no reader outside the match: it will not exist any more."""
         if node is attempt.root:
             return None
-        readers = self.view.readers_fast(node)
-        if len(readers) == 1:
-            return None
+        readers = self.view.first_readers(node, len(attempt.nodes) + 3)
         others = [r.name for r in readers if r not in attempt.nodes]
-        if len(others) <= 0:
-            return None
-        return _Failure(f"the value of {node.name} is also read by {', '.join(others[:3])}", node, attempt.depth)
+        if others:
+            return _Failure(f"the value of {node.name} is also read by {', '.join(others[:3])}", node, attempt.depth)
+        for reader in readers:
+            if _times_read(node, reader) > 1:
+                return _Failure(f"{reader.name} reads the value of {node.name} twice", node, attempt.depth)
+        return None
 
     def _operation(self, expression: Op, value: Any, attempt: _Attempt) -> _Failure | None:
         call = self._enter(value, expression.op, attempt)
@@ -288,6 +290,7 @@ class matcher:
         if not expression.shared:
             failure = self._private(call.node, attempt)
             if failure is not None:
+                failure.depth += 1  # it is the operation that was wanted
                 return failure
         operation = vocabulary.OPERATIONS[call.op]
         given = dict(expression.args)
@@ -300,13 +303,13 @@ class matcher:
                 return _Failure(reason, call.node, attempt.depth + 1)
         mark = attempt.mark()
         self._cover(call.node, attempt, expression.shared)
-        failure = self._arguments(given, call.args, attempt)
+        failure = self._arguments(given, call.args, call, attempt)
         if failure is not None and operation.commutes:
             attempt.back(mark)
             self._cover(call.node, attempt, expression.shared)
             first, second = operation.params[:2]
             swapped = {**call.args, first: call.args[second], second: call.args[first]}
-            other = self._arguments(given, swapped, attempt)
+            other = self._arguments(given, swapped, call, attempt)
             failure = None if other is None else max(failure, other, key=lambda f: f.depth)
         return failure
 
@@ -315,10 +318,12 @@ class matcher:
         if shared:
             attempt.shared.add(node)
 
-    def _arguments(self, given: dict[str, Any], args: dict[str, Any], attempt: _Attempt) -> _Failure | None:
+    def _arguments(self, given: dict[str, Any], args: dict[str, Any], call: Call, attempt: _Attempt) -> _Failure | None:
         for param, expression in given.items():
             failure = self._match(expression, args.get(param), attempt)
             if failure is not None:
+                if not isinstance(expression, (Var, Op, Either, Chain)):
+                    failure.reason = f"{call.op} has {param}={self.view.describe(args.get(param))}, not {expression!r}"
                 return failure
         return None
 
@@ -334,14 +339,32 @@ class matcher:
             attempt.back(mark)
         return deepest
 
+    def _run(self, node: fx.Node) -> int:
+        """How many scalings hang together under a node, itself included."""
+        todo = [node]
+        while todo:
+            call = self.view.call(todo[-1])
+            assert call is not None
+            below = [a for a, _ in _sides(call) if isinstance(a, fx.Node) and a in self.view.operations]
+            below = [a for a in below if self.view.operations[a] in vocabulary.SCALINGS and self.view.call(a) is not None]
+            unknown = [a for a in below if a not in self._runs]
+            if unknown:
+                todo += unknown
+            else:
+                self._runs[todo.pop()] = 1 + max((self._runs[a] for a in below), default=0)
+        return self._runs[node]
+
     def _chain(self, chain: Chain, value: Any, attempt: _Attempt, length: int = 0) -> _Failure | None:
-        dead = self._dead.get((id(chain), value)) if isinstance(value, fx.Node) else None
+        # an inner value may fail for its other readers, which do not matter where it is the root
+        dead = self._dead.get((id(chain), value)) if isinstance(value, fx.Node) and value is not attempt.root else None
         if dead is not None:
             return dead
         mark = attempt.mark()
         deepest: _Failure | None = None
         call = self.view.call(value)
-        if call is not None and call.op in vocabulary.SCALINGS and length < _LONGEST_CHAIN:
+        if call is not None and call.op in vocabulary.SCALINGS:
+            if length == 0 and self._run(call.node) > _LONGEST_CHAIN:
+                return _Failure(f"more than {_LONGEST_CHAIN} scalings in a row", call.node, attempt.depth)
             deepest = self._private(call.node, attempt)
             for inner, factor in _sides(call) if deepest is None else ():
                 attempt.back(mark)
@@ -361,7 +384,7 @@ class matcher:
             return None
         if deepest is None or failure.depth > deepest.depth:
             deepest = failure
-        if isinstance(value, fx.Node) and length < _LONGEST_CHAIN:
+        if isinstance(value, fx.Node):
             self._dead[(id(chain), value)] = deepest
         return deepest
 
@@ -391,6 +414,21 @@ def _sides(call: Any) -> Sequence[tuple[Any, Any]]:
     if call.op == "mul":
         return ((a, b), (b, a))
     return ((a, b),)
+
+
+def _times_read(node: fx.Node, reader: fx.Node) -> int:
+    """How many arguments of ``reader`` are ``node``."""
+    if len(reader.all_input_nodes) == len(reader.args) + len(reader.kwargs):
+        return 1  # all arguments are nodes, and all differ
+    count = 0
+
+    def visit(argument: fx.Node) -> fx.Node:
+        nonlocal count
+        count += argument is node
+        return argument
+
+    fx.map_arg((reader.args, reader.kwargs), visit)
+    return count
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -20,6 +20,8 @@ from fxfuse import match as _match
 from fxfuse.guards import Guard
 
 if TYPE_CHECKING:
+    from fxfuse.cost import Cost
+    from fxfuse.report import Replacement
     from fxfuse.rewrite import Emit
 
 __all__ = ["Pattern", "Words", "register", "unregister", "available", "select"]
@@ -58,6 +60,8 @@ class Pattern:
         pays_always: the op does less work whoever compiles it (an algebraic gain); other ops replace nothing where an inner
             compiler would have fused the same and no kernel runs.
         words: sentences for :func:`fxfuse.explain`.
+        cost: what one call of ``op`` costs, where it is not its inputs read once, its result written once and the matrix
+            products as before (see :mod:`fxfuse.cost`).
 
     Raises:
         TypeError, ValueError: at once, for an expression that cannot be matched or an op that is not callable.
@@ -70,6 +74,7 @@ class Pattern:
     lower: Callable[[_match.Match, Emit], fx.Node] | None = None
     pays_always: bool = False
     words: Words = field(default_factory=Words)
+    cost: Callable[[Replacement], Cost] | None = None
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():

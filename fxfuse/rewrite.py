@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +114,7 @@ def _unsafe(match: Match, view: View) -> str | None:
     for node in view.mode_changes:
         if first < view.order[node] < last:
             return f"{node.name} changes the grad or autocast mode inside the match"
-    changes = [(n, base) for n, base in view.mutations if first < view.order[n] <= last and n not in inside]
+    changes = [(n, base) for n, base in view.mutations_between(first, last) if n not in inside]
     if not changes:
         return None
     read: set[Any] = set()
@@ -137,14 +137,16 @@ def _inputs(match: Match) -> Iterable[Any]:
 class Emit:
     """Writes the nodes of one replacement in front of the match's root."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, replaced: Mapping[fx.Node, fx.Node]) -> None:
         self.graph = graph
+        self._replaced = replaced
 
     def value(self, value: Any) -> Any:
-        """A bound value as an fx argument; attributes and modules become ``get_attr`` nodes."""
+        """A bound value as an fx argument; attributes and modules become ``get_attr`` nodes, and a value that an earlier
+        replacement computes is read from there."""
         if isinstance(value, (Attr, ModuleRef)):
             return self.graph.create_node("get_attr", value.path)
-        return value
+        return self._replaced.get(value, value) if isinstance(value, fx.Node) else value
 
     def call(self, function: Callable[..., Any], **arguments: Any) -> fx.Node:
         """A call of ``function`` with bound values by keyword."""
@@ -167,8 +169,8 @@ class Emit:
                 symbols.append(step)
         result: Any = total
         for step in symbols:
-            divides = (step.op == "div") != inverse
-            result = self.graph.call_function(operator.truediv if divides else operator.mul, (result, step.factor))
+            function = operator.truediv if (step.op == "div") != inverse else operator.mul
+            result = self.graph.call_function(function, (result, self.value(step.factor)))
         return result
 
     def product(self, factors: Sequence[Any]) -> Any:
@@ -193,19 +195,24 @@ def replace(graph: fx.Graph, match: Match, pattern: Pattern) -> fx.Node:
     Nodes the match covers are erased unless something else reads them; nothing else is touched.
     """
     view = match.view
+    before = match.root.prev
     with graph.inserting_before(match.root):
-        emit = Emit(graph)
+        emit = Emit(graph, view.replaced)
         if pattern.lower is not None:
             new = pattern.lower(match, emit)
         else:
-            new = emit.call(pattern.op, **{name: match.get(name) for name in pattern.variables})
+            new = emit.call(pattern.op, **{name: match.get(name) for name in sorted(pattern.variables)})
     for key in ("example_value", "val", "tensor_meta", "nn_module_stack", "stack_trace"):
         if key in match.root.meta:
             new.meta.setdefault(key, match.root.meta[key])
     new.meta["fxfuse"] = pattern.name
-    for reader, name in view.readers(match.root):
-        if reader not in match.nodes:
-            reader.replace_input_with(name, new)
+    written = before.next
+    while written is not match.root:  # later matches ask where these stand
+        view.order[written] = view.order[match.root]
+        written = written.next
+    view.replaced[match.root] = new
+    for user, name in view.later_users(match.root):
+        user.replace_input_with(name, new)
     for node in sorted(set(match.nodes), key=lambda n: view.order[n], reverse=True):
         if not node.users:
             graph.erase_node(node)

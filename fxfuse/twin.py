@@ -1,76 +1,199 @@
 """A twin of a module tree: new module objects, the same tensors.
 
-Parameters and buffers are the very same objects, so an optimizer built for the original trains the twin. Everything that
-refers to a module of the tree (lists, dicts, bound methods) refers to its twin; all other attributes are shared.
+Parameters and buffers are the very same objects, so an optimizer built for the original trains the twin. Everything
+that refers to a module of the tree (lists, dicts, bound methods, hooks, closures of one level) refers to its twin.
+Lists, dicts and sets are copied, so what a forward writes into them stays with the twin; all else is shared.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["twin"]
 
-_PLAIN_CONTAINERS = (list, tuple, set, dict, OrderedDict)
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+#: the tables nn.Module itself keeps, each module its own
+_TABLES = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """The twin of ``module``. Scripted and compiled submodules, which cannot be rebuilt, are shared as they are."""
-    made: dict[int, nn.Module] = {}
-    _allocate(module, made)
-    for original, copied in [(m, made[id(m)]) for m in _walk(module, made)]:
-        if copied is not original:
-            _fill(original, copied, made)
+    """The twin of ``module``.
+
+    ``torch.compile(m)`` is made anew around the twin of ``m``. A module compiled in place (``m.compile()``) is not
+    compiled any more. What is inside TorchScript cannot be rebuilt and is shared, its train or eval mode, too.
+    """
+    made: dict[int, Any] = {}
+    modules = list(module.modules())
+    for m in modules:
+        made[id(m)] = _empty(m)
+    for m in modules:
+        if not isinstance(m, torch.jit.ScriptModule):
+            _fill(m, made[id(m)], made)
+    kinds = (fx.GraphModule, *_compiled_kind())
+    for m in reversed([m for m in modules if isinstance(m, kinds)]):  # children first
+        if isinstance(m, fx.GraphModule):
+            made[id(m)].graph = _copy_of(m.graph)
+        else:
+            _compile_again(m, made)
     return made[id(module)]
 
 
-def _walk(module: nn.Module, made: dict[int, nn.Module]) -> list[nn.Module]:
-    return [m for m in module.modules() if id(m) in made]
+def _empty(module: nn.Module) -> nn.Module:
+    if isinstance(module, torch.jit.ScriptModule):
+        return copy.copy(module)
+    if isinstance(module, fx.GraphModule):  # every one has a class of its own
+        return module.__class__.__new__(module.__class__)
+    return object.__new__(type(module))
 
 
-def _allocate(module: nn.Module, made: dict[int, nn.Module]) -> None:
-    for m in module.modules():
-        made[id(m)] = m if isinstance(m, torch.jit.ScriptModule) else m.__class__.__new__(m.__class__)
-
-
-def _fill(original: nn.Module, copied: nn.Module, made: dict[int, nn.Module]) -> None:
-    state = {}
+def _fill(original: nn.Module, copied: nn.Module, made: dict[int, Any]) -> None:
+    state = copied.__dict__
     for key, value in original.__dict__.items():
         kind = type(value)
-        if kind is bool or kind is int or kind is float or kind is str or value is None:
+        if key == "_modules" or key == "_parameters" or key == "_buffers":
+            state[key] = {name: made.get(id(item), item) for name, item in value.items()} if value else {}
+        elif kind in _PLAIN:
             state[key] = value
-        elif key == "_modules":
-            state[key] = {name: made.get(id(child), child) for name, child in value.items()}
-        elif key == "_parameters" or key == "_buffers" or key == "_non_persistent_buffers_set" or "_hooks" in key:
-            state[key] = copy.copy(value)
+        elif key in _TABLES and not value:  # mostly no hooks
+            state[key] = kind()
         else:
             state[key] = _remap(value, made)
-    copied.__dict__.update(state)
+    state.pop("_compiled_call_impl", None)
 
 
-def _remap(value: Any, made: dict[int, nn.Module]) -> Any:
-    """``value`` with every module of the tree replaced by its twin; the very object where there is none inside."""
+def _compiled_kind() -> tuple[type, ...]:
+    """What torch.compile returns for a module; nothing where Dynamo was never loaded."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return (dynamo.OptimizedModule,) if dynamo is not None else ()
+
+
+def _compile_again(original: Any, made: dict[int, Any]) -> None:
+    copied = made[id(original)]
+    state = dict(copied.__dict__)
+    copied.__dict__.clear()
+    type(original).__init__(copied, made[id(original._orig_mod)], original.dynamo_ctx)
+    copied.__dict__.update({key: value for key, value in state.items() if "_hooks" in key or key == "training"})
+
+
+def _copy_of(graph: fx.Graph) -> fx.Graph:
+    """A graph of its own; node metadata (shapes) is shared, deepcopy would copy it."""
+    copied = fx.Graph(tracer_cls=graph._tracer_cls)
+    copied._codegen = graph._codegen
+    renamed: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        renamed[node] = copied.node_copy(node, renamed.__getitem__)
+    return copied
+
+
+# --- attributes that may refer to modules ----------------------------------------------------------------------------
+
+
+def _remap(value: Any, made: dict[int, Any]) -> Any:
+    """``value`` with every module of the tree replaced by its twin."""
     if isinstance(value, nn.Module):
         return made.get(id(value), value)
-    kind = type(value)
-    if kind is types.MethodType:
-        owner = _remap(value.__self__, made)
-        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-    if kind is functools.partial:
-        parts = [_remap(p, made) for p in (value.func, value.args, value.keywords)]
-        same = parts[0] is value.func and parts[1] is value.args and parts[2] is value.keywords
-        return value if same else functools.partial(parts[0], *parts[1], **parts[2])
-    if kind not in _PLAIN_CONTAINERS or not value:
+    remap = _REMAP.get(type(value))
+    return value if remap is None else remap(value, made)
+
+
+def _sequence(value: Any, made: dict[int, Any]) -> Any:
+    if id(value) not in made:
+        copied: Any = deque(maxlen=value.maxlen) if isinstance(value, deque) else type(value)()
+        made[id(value)] = copied
+        add = copied.add if isinstance(value, set) else copied.append
+        for item in value:
+            add(_remap(item, made))
+    return made[id(value)]
+
+
+def _mapping(value: Any, made: dict[int, Any]) -> Any:
+    if id(value) not in made:
+        made[id(value)] = copied = type(value)()
+        for key, item in value.items():
+            copied[key] = _remap(item, made)
+    return made[id(value)]
+
+
+def _tuple(value: Any, made: dict[int, Any]) -> Any:
+    items = tuple(_remap(item, made) for item in value)
+    return items if any(a is not b for a, b in zip(items, value, strict=False)) else value
+
+
+def _method(value: types.MethodType, made: dict[int, Any]) -> types.MethodType:
+    owner = _remap(value.__self__, made)
+    function = _remap(value.__func__, made)
+    same = owner is value.__self__ and function is value.__func__
+    return value if same else types.MethodType(function, owner)
+
+
+def _partial(value: Any, made: dict[int, Any]) -> Any:
+    args = _tuple(value.args, made)
+    keywords = {key: _remap(item, made) for key, item in value.keywords.items()}
+    function = _remap(value.func, made)
+    copied = functools.partial(function, *args, **keywords)
+    copied.__dict__.update({key: _remap(item, made) for key, item in value.__dict__.items()})
+    return copied
+
+
+def _function(value: types.FunctionType, made: dict[int, Any]) -> types.FunctionType:
+    """A closure over a module of the tree, as ``self.act = lambda x: self.fc(x)`` makes one."""
+    cells = value.__closure__ or ()
+    if not any(_contents(cell) is not None and id(_contents(cell)) in made for cell in cells):
         return value
-    if kind is dict or kind is OrderedDict:
-        items = {key: _remap(item, made) for key, item in value.items()}
-        changed = any(items[key] is not item for key, item in value.items())
-        return kind(items) if changed else value
-    new = [_remap(item, made) for item in value]
-    return kind(new) if any(a is not b for a, b in zip(new, value)) else value
+    closure = tuple(types.CellType(made[id(_contents(c))]) if id(_contents(c)) in made else c for c in cells)
+    copied = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+    copied.__kwdefaults__ = value.__kwdefaults__
+    copied.__dict__.update(value.__dict__)
+    return copied
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        value = cell.cell_contents
+    except ValueError:
+        return None
+    return value if isinstance(value, nn.Module) else None
+
+
+def _weak(value: Any, made: dict[int, Any]) -> Any:
+    target = value()
+    return weakref.ref(made[id(target)]) if isinstance(target, nn.Module) and id(target) in made else value
+
+
+def _handle(value: RemovableHandle, made: dict[int, Any]) -> RemovableHandle:
+    """A hook's handle removes the twin's hook."""
+    table = value.hooks_dict_ref()
+    if table is None:
+        return value
+    copied = RemovableHandle.__new__(RemovableHandle)
+    copied.id = value.id
+    copied.hooks_dict_ref = weakref.ref(_mapping(table, made))
+    tables = [ref() for ref in value.extra_dict_ref]
+    copied.extra_dict_ref = tuple(weakref.ref(_mapping(t, made)) for t in tables if t is not None)
+    return copied
+
+
+_REMAP: dict[type, Callable[[Any, dict[int, Any]], Any]] = {
+    list: _sequence,
+    set: _sequence,
+    deque: _sequence,
+    dict: _mapping,
+    OrderedDict: _mapping,
+    tuple: _tuple,
+    types.MethodType: _method,
+    types.FunctionType: _function,
+    functools.partial: _partial,
+    weakref.ref: _weak,
+    RemovableHandle: _handle,
+}

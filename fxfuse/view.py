@@ -6,12 +6,17 @@ as their out-of-place meaning: what is read after ``y.mul_(s)`` under the name `
 
 from __future__ import annotations
 
+import bisect
+import functools
+import inspect
+import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfuse import vocabulary
@@ -27,8 +32,16 @@ _IN_PLACE_OPERATORS = {
 _ALIASING_METHODS = frozenset(
     "view view_as reshape reshape_as expand expand_as squeeze unsqueeze narrow select chunk split unbind permute "
     "transpose t flatten unflatten swapaxes swapdims movedim diagonal as_strided detach contiguous to type_as float "
-    "double half bfloat16 requires_grad_ __getitem__ real imag unfold alias view_as_real view_as_complex".split()
+    "double half bfloat16 requires_grad_ __getitem__ real imag unfold alias view_as_real view_as_complex "
+    "int long bool cpu cuda adjoint broadcast_to conj resolve_conj resolve_neg dsplit hsplit vsplit tensor_split "
+    "split_with_sizes unsafe_chunk unsafe_split moveaxis positive ravel as_subclass".split()
 )
+#: calls that turn gradients or autocast on or off from here on
+_MODE_CHANGES = frozenset(
+    "_set_grad_enabled set_grad_enabled _enter_autocast _exit_autocast _enter_inference_mode _exit_inference_mode".split()
+)
+#: in-place calls on one value that are followed as versions of it; more than these are rare, and would cost time
+_MOST_VERSIONS = 32
 
 
 @dataclass(frozen=True)
@@ -70,9 +83,11 @@ class View:
         self.order: dict[fx.Node, int] = {}
         self.operations: dict[fx.Node, str] = {}
         self._calls: dict[fx.Node, Call | str] = {}
-        self._current: dict[fx.Node, list[fx.Node]] = {}
+        self._versions: dict[fx.Node, list[fx.Node]] = {}  # a value changed in place -> its names, in order
         self.mutations: list[tuple[fx.Node, fx.Node]] = []  # (mutating node, mutated node as the graph names it)
+        self._mutating: set[fx.Node] = set()
         self.mode_changes: list[fx.Node] = []
+        self.replaced: dict[fx.Node, fx.Node] = {}  # kept by rewrite.replace: what holds an erased node's value
         self._modules: dict[str, nn.Module | None] = {}
         for position, node in enumerate(graph.nodes):
             self.order[node] = position
@@ -166,25 +181,35 @@ class View:
 
     def now(self, node: fx.Node, reader: fx.Node) -> fx.Node:
         """Which node holds the value ``reader`` gets when it reads ``node``: the last in-place call before it."""
-        latest = node
-        for version in self._current.get(node, ()):
-            if self.order[version] < self.order[reader]:
-                latest = version
-        return latest
+        here = self.order[reader]
+        for version in reversed(self._versions.get(node, ())):
+            if self.order[version] < here:
+                return version
+        return node
 
     def readers(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
         """Every (reader, name it reads) that gets this node's value; in-place calls answer to several names."""
-        found = [(user, node) for user in node.users if self.now(node, user) is node]
-        for base, versions in self._current.items():
-            if node in versions:
-                found += [(user, base) for user in base.users if user is not node and self.now(base, user) is node]
-        return found
+        names = self._versions.get(node, (node,))
+        return [(u, name) for name in names for u in name.users if u is not node and self.now(name, u) is node]
 
-    def readers_fast(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that read this node's value."""
-        if not self._current:
-            return list(node.users)
-        return [user for user, _ in self.readers(node)]
+    def later_users(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """Every (user, name it uses) behind this node that gets its memory, changed in place since or not."""
+        names = self._versions.get(node, [node])
+        here = self.order[node]
+        upto = names[: names.index(node) + 1]
+        return [(user, name) for name in upto for user in name.users if self.order[user] > here]
+
+    def first_readers(self, node: fx.Node, count: int) -> list[fx.Node]:
+        """Up to ``count`` of the nodes that read this node's value: what asks does not pay for thousands of them."""
+        if node not in self._versions:
+            return list(itertools.islice(node.users, count))
+        return [user for user, _ in self.readers(node)[:count]]
+
+    def mutations_between(self, first: int, last: int) -> list[tuple[fx.Node, fx.Node]]:
+        """The in-place changes after position ``first`` of the graph and up to ``last``."""
+        start = bisect.bisect_right(self.mutations, first, key=lambda change: self.order[change[0]])
+        changes = itertools.islice(self.mutations, start, None)
+        return list(itertools.takewhile(lambda change: self.order[change[0]] <= last, changes))
 
     # --- building -------------------------------------------------------------------------------------------------
 
@@ -193,6 +218,10 @@ class View:
         kind = node.op
         if kind == "call_function" or kind == "call_method":
             target = node.target
+            if "out" in node.kwargs:
+                out = node.kwargs["out"]
+                for written in out if isinstance(out, (tuple, list)) else (out,):
+                    self._note_mutation(node, written)
             spelling = vocabulary.spelling_of(target, kind)
             if spelling is not None:
                 self.operations[node] = spelling.operation.name
@@ -205,12 +234,11 @@ class View:
                     self.operations[node] = known.operation.name
                 return
             name = target if isinstance(target, str) else getattr(target, "__name__", "")
-            if target in _IN_PLACE_OPERATORS or (name.split(".")[0].endswith("_") and not name.startswith("_")):
-                self._note_mutation(node)
-            if name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode"):
+            in_place = target in _IN_PLACE_OPERATORS or (name.split(".")[0].endswith("_") and not name.startswith("_"))
+            if in_place or _asked_in_place(node):
+                self._note_mutation(node, _first_argument(node))
+            if name in _MODE_CHANGES:
                 self.mode_changes.append(node)
-            if "out" in node.kwargs and isinstance(node.kwargs["out"], fx.Node):
-                self.mutations.append((node, node.kwargs["out"]))
         elif kind == "call_module":
             module = self.module(str(node.target))
             known_module = vocabulary.module_reader(module) if module is not None else None
@@ -219,7 +247,7 @@ class View:
                 self.operations[node] = known_module[0].name
             elif kin is not None:
                 self.operations[node] = kin[0].name
-                self._calls[node] = f"'{node.target}' {kin[1]}"
+                self._calls[node] = f"'{node.target}' {why_called_only(module) or kin[1]}"
             if getattr(module, "inplace", False) is True:
                 self._note_in_place(node, known_module is not None)
 
@@ -230,33 +258,27 @@ class View:
                 return
             if call is not None and not call.inplace:
                 return
-        self._note_mutation(node)
-        base = next((a for a in node.args if isinstance(a, fx.Node)), None)
+        base = _first_argument(node)
+        self._note_mutation(node, base)
         if base is None or node not in self.operations:
             return
         # in-place on a value somebody already looked at through another name is not a chain of values any more
-        names = self._names_of(base)
-        earlier = [u for name in names for u in name.users if u is not node and self.order.get(u, 1 << 60) < self.order[node]]
-        earlier = [u for u in earlier if u not in names]
+        names = self._versions.get(base, [base])
+        here = self.order[node]
+        seen = (u for name in names for u in name.users if u is not node and self.order.get(u, here) < here)
         fresh = base.op.startswith("call") and not self._aliases_input(base)
-        if earlier or not fresh:
+        if not fresh or any(u not in names for u in seen):
             self._calls[node] = "works in place on a value that is also read elsewhere"
-            return
-        for name in names:
-            self._current.setdefault(name, []).append(node)
+        elif len(names) > _MOST_VERSIONS:
+            self._calls[node] = f"is more than the {_MOST_VERSIONS}th in-place call on one value"
+        else:
+            names.append(node)
+            self._versions[base] = self._versions[node] = names
 
-    def _names_of(self, node: fx.Node) -> list[fx.Node]:
-        """The node and every earlier node whose storage it is through in-place calls."""
-        names = [node]
-        for base, versions in self._current.items():
-            if node in versions:
-                names.append(base)
-        return names
-
-    def _note_mutation(self, node: fx.Node) -> None:
-        base = next((a for a in node.args if isinstance(a, fx.Node)), None)
-        if base is not None:
-            self.mutations.append((node, base))
+    def _note_mutation(self, node: fx.Node, changed: Any) -> None:
+        if isinstance(changed, fx.Node):
+            self.mutations.append((node, changed))
+            self._mutating.add(node)
 
     def _aliases_input(self, node: fx.Node) -> bool:
         """Whether the node's result may be memory that existed before the node ran."""
@@ -281,7 +303,7 @@ class View:
                 seen.add(str(item.target))
             elif item.op.startswith("call"):
                 name = self.operations.get(item)
-                in_place = any(node is item for node, _ in self.mutations)
+                in_place = item in self._mutating
                 fresh = name is not None and not vocabulary.OPERATIONS[name].aliases and not in_place
                 if name is None and item.op == "call_method" and item.target not in _ALIASING_METHODS:
                     fresh = not in_place
@@ -296,7 +318,7 @@ class View:
             return str(reason)
 
     def _bind(self, node: fx.Node) -> Call:
-        resolve = {a: self.now(a, node) for a in node.all_input_nodes} if self._current else {}
+        resolve = {a: self.now(a, node) for a in node.all_input_nodes} if self._versions else {}
 
         def settle(value: Any) -> Any:
             return resolve.get(value, value) if isinstance(value, fx.Node) else value
@@ -323,11 +345,15 @@ class View:
         assert reader is not None
         op, values = reader
         args = dict(values(module))
-        inputs = [*node.args, *node.kwargs.values()]
-        if len(inputs) > len(op.params):
-            raise Unreadable(f"'{path}' is called with {len(inputs)} arguments")
-        for name, value in zip(op.params, inputs):
-            args[name] = settle(value)
+        names = ("input", "target") if op.name == "kl_div" else ("input",)  # as torch's own layers call them
+        unknown = [key for key in node.kwargs if key not in names[len(node.args) :]]
+        if len(node.args) > len(names) or unknown:
+            given = len(node.args) + len(node.kwargs)
+            raise Unreadable(f"'{path}' is called with {given} arguments, not with {' and '.join(names)} alone")
+        for position, value in enumerate(node.args):
+            args[op.params[position]] = settle(value)
+        for key, value in node.kwargs.items():
+            args[op.params[names.index(key)]] = settle(value)
         if op.name == "linear":
             args["weight"] = Attr(f"{path}.weight")
             args["bias"] = Attr(f"{path}.bias") if module.bias is not None else None
@@ -337,6 +363,28 @@ class View:
             args = vocabulary._reduction(args)
         inplace = args.pop("inplace", False)
         return Call(op.name, args, node, inplace)
+
+
+def _first_argument(node: fx.Node) -> Any:
+    """What an in-place call changes: its first argument, which torch names input or self."""
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def _asked_in_place(node: fx.Node) -> bool:
+    """Whether a call of torch.nn.functional is asked to work in place, as F.dropout and F.elu may be."""
+    if node.op != "call_function" or getattr(node.target, "__module__", None) != F.__name__:
+        return False
+    position = _inplace_position(node.target)
+    if position is None:
+        return False
+    given = node.args[position] if len(node.args) > position else node.kwargs.get("inplace", False)
+    return given is not False
+
+
+@functools.lru_cache(maxsize=None)
+def _inplace_position(function: Any) -> int | None:
+    names = list(inspect.signature(function).parameters)
+    return names.index("inplace") if "inplace" in names else None
 
 
 def why_called_only(module: nn.Module) -> str | None:

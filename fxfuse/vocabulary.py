@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Operation", "Spelling", "Unreadable", "OPERATIONS", "spelling_of", "module_reader", "operation"]
+__all__ = [
+    "OPERATIONS",
+    "Operation",
+    "Spelling",
+    "Unreadable",
+    "define",
+    "module_reader",
+    "operation",
+    "spell",
+    "spelling_of",
+]
 
 
 class Unreadable(Exception):
@@ -95,6 +105,8 @@ def spelling_of(target: Any, kind: str) -> Spelling | None:
     found = _FUNCTIONS.get(target)
     if found is None and isinstance(target, torch._ops.OpOverload):
         found = _ATEN.get(target._schema.name)
+    elif found is None and isinstance(target, torch._ops.OpOverloadPacket):
+        found = _ATEN.get(target._qualified_op_name)
     return found
 
 
@@ -188,7 +200,7 @@ _spell(OPERATIONS["mT"], "self", aten="mT")
 
 _transpose = _define("transpose", "x dim0 dim1", aliases=True)
 _spell(_transpose, "input dim0 dim1", functions=(torch.transpose, torch.swapaxes, torch.swapdims))
-_spell(_transpose, "self dim0 dim1", methods="transpose", aten="transpose")
+_spell(_transpose, "self dim0 dim1", methods="transpose swapaxes swapdims", aten="transpose swapaxes swapdims")
 
 _permute = _define("permute", "x dims", aliases=True)
 _spell(_permute, "input dims", functions=(torch.permute,))
@@ -259,7 +271,7 @@ for _name, _module, _targets in (
 ):
     _plain = _define(_name, "x")
     _spell(_plain, "input", functions=_targets)
-    _spell(_plain, "self", methods=_name, aten=_name)
+    _spell(_plain, "self", methods=_name, aten=_name + (" special_expit" if _name == "sigmoid" else ""))
     _spell(_plain, "self", methods=_name + "_", aten=_name + "_", inplace=True)
     _FUNCTIONS[getattr(torch, _name + "_")] = _METHODS[_name + "_"]
     _read(_plain, _module)
@@ -288,14 +300,6 @@ _spell(_leaky, "self negative_slope", functions=(torch._C._nn.leaky_relu_, F.lea
 _read(_leaky, nn.LeakyReLU, negative_slope="negative_slope", inplace="inplace")
 
 
-def _clamped(values: dict[str, Any]) -> dict[str, Any]:
-    # clamp(min=None) has no lower bound; canonically that bound is minus infinity
-    low, high = values.pop("min", None), values.pop("max", None)
-    values["min_val"] = -math.inf if low is None else low
-    values["max_val"] = math.inf if high is None else high
-    return values
-
-
 def _six(values: dict[str, Any]) -> dict[str, Any]:
     return {"inplace": False, **values, "min_val": 0.0, "max_val": 6.0}
 
@@ -307,15 +311,30 @@ _spell(_hardtanh, "self min_val max_val", functions=(torch._C._nn.hardtanh_, F.h
        inplace=True)  # fmt: skip
 _spell(_hardtanh, "input inplace:inplace", functions=(F.relu6,), adapt=_six)
 _spell(_hardtanh, "self", functions=(torch._C._nn.relu6,), aten="relu6", adapt=_six)
-_spell(_hardtanh, "input min:min max:max", functions=(torch.clamp, torch.clip), adapt=_clamped)
-_spell(_hardtanh, "self min:min max:max", methods="clamp clip", aten="clamp clip", adapt=_clamped)
-_spell(_hardtanh, "self min:min max:max", methods="clamp_ clip_", aten="clamp_", inplace=True, adapt=_clamped)
-_spell(_hardtanh, "input min:min", functions=(torch.clamp_min,), adapt=_clamped)
-_spell(_hardtanh, "self min:min", methods="clamp_min", aten="clamp_min", adapt=_clamped)
-_spell(_hardtanh, "input max:max", functions=(torch.clamp_max,), adapt=_clamped)
-_spell(_hardtanh, "self max:max", methods="clamp_max", aten="clamp_max", adapt=_clamped)
 _read(_hardtanh, nn.Hardtanh, min_val="min_val", max_val="max_val", inplace="inplace")
 _read(_hardtanh, nn.ReLU6, min_val=lambda m: 0.0, max_val=lambda m: 6.0, inplace="inplace")
+
+
+def _clamped(values: dict[str, Any]) -> dict[str, Any]:
+    # clamp(min=None) has no lower bound; canonically that bound is minus infinity
+    low, high = values["min"], values["max"]
+    return {**values, "min": -math.inf if low is None else low, "max": math.inf if high is None else high}
+
+
+# not hardtanh: the gradient passes at the bounds themselves
+_clamp = _define("clamp", "x min max", min=None, max=None)
+_spell(_clamp, "input min max", functions=(torch.clamp, torch.clip), adapt=_clamped)
+_spell(_clamp, "self min max", methods="clamp clip", aten="clamp clip", adapt=_clamped)
+_spell(_clamp, "self min max", methods="clamp_ clip_", aten="clamp_ clip_", inplace=True, adapt=_clamped)
+_spell(_clamp, "input min", functions=(torch.clamp_min,), adapt=_clamped)
+_spell(_clamp, "self min", methods="clamp_min", aten="clamp_min", adapt=_clamped)
+_spell(_clamp, "self min", methods="clamp_min_", aten="clamp_min_", inplace=True, adapt=_clamped)
+_spell(_clamp, "input max:max", functions=(torch.clamp_max,), adapt=_clamped)
+_spell(_clamp, "self max:max", methods="clamp_max", aten="clamp_max", adapt=_clamped)
+_spell(_clamp, "self max:max", methods="clamp_max_", aten="clamp_max_", inplace=True, adapt=_clamped)
+for _clamp_name in ("clamp", "clamp_min", "clamp_max"):
+    _FUNCTIONS[getattr(torch, _clamp_name + "_")] = _METHODS[_clamp_name + "_"]
+_FUNCTIONS[torch.clip_] = _METHODS["clamp_"]
 
 # --- softmax and its losses ----------------------------------------------------------------------------------------
 
@@ -326,7 +345,7 @@ for _name, _module, _targets, _private in (
     _soft = _define(_name, "x dim dtype", dim=None, dtype=None)
     _spell(_soft, "input dim _stacklevel:_ dtype:dtype", functions=(_targets,))
     _spell(_soft, "input dim dtype", functions=(_private, getattr(torch.special, _name)))
-    _spell(_soft, "self dim dtype", methods=_name, aten=_name)
+    _spell(_soft, "self dim dtype", methods=_name, aten=f"{_name} special_{_name}")
     _read(_soft, _module, dim="dim")
 
 
@@ -345,10 +364,16 @@ def _reduction(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _numbered(values: dict[str, Any]) -> dict[str, Any]:
+    if "number" not in values:  # torch.kl_div's own default is none, its schema says mean
+        raise Unreadable("torch.kl_div is given no reduction")
+    return _reduction({**values, "reduction": values.pop("number")})
+
+
 _kl = _define("kl_div", "input target reduction log_target", reduction="mean", log_target=False)
 _spell(_kl, "input target size_average:size_average reduce:reduce reduction:reduction log_target:log_target",
        functions=(F.kl_div,), adapt=_reduction)  # fmt: skip
-_spell(_kl, "input target reduction log_target", functions=(torch.kl_div,), adapt=_reduction)
+_spell(_kl, "input target reduction:number log_target", functions=(torch.kl_div,), adapt=_numbered)
 _spell(_kl, "self target reduction log_target", aten="kl_div", adapt=_reduction)
 _read(_kl, nn.KLDivLoss, reduction="reduction", log_target="log_target")
 
@@ -370,3 +395,47 @@ _MODULES[nn.BatchNorm1d] = (_bn_module, lambda module: {})
 ATTRIBUTE_READS = (builtins.getattr,)
 #: operations a chain of scalings may be made of
 SCALINGS = ("mul", "div", "neg")
+
+# --- words of one's own --------------------------------------------------------------------------------------------
+
+
+def define(name: str, params: str, *, commutes: bool = False, aliases: bool = False, **defaults: Any) -> Operation:
+    """A new operation for patterns: ``rsqrt = define("rsqrt", "x")``, then ``op.rsqrt(...)`` in an expression.
+
+    Args:
+        name: of the operation.
+        params: its parameters in order, separated by spaces.
+        commutes: whether the first two may change places.
+        aliases: whether the result may share memory with the first argument (a view).
+        defaults: of parameters a call may leave out.
+
+    Raises:
+        ValueError: when the name means something else already.
+    """
+    made = Operation(name, tuple(params.split()), defaults, commutes, aliases)
+    if OPERATIONS.setdefault(name, made) != made:
+        raise ValueError(f"the vocabulary has another operation named '{name}': {OPERATIONS[name]}")
+    return OPERATIONS[name]
+
+
+def spell(op: Operation, signature: str, *, functions: tuple[Any, ...] = (), methods: str = "",
+          aten: str = "") -> None:  # fmt: skip
+    """Ways to write an operation: ``spell(rsqrt, "input", functions=(torch.rsqrt,), methods="rsqrt", aten="rsqrt")``.
+
+    Args:
+        op: what :func:`define` or :func:`operation` returned.
+        signature: the callable's own parameter names in order; ``theirs:ours`` where they differ from the operation's and
+            do not stand at the same place. A call that gives any other keyword is not read.
+        functions: callables, or operators of ``torch.ops``.
+        methods: names of tensor methods, separated by spaces.
+        aten: names of ATen operators, separated by spaces.
+
+    Raises:
+        ValueError: when one of them is a spelling of another operation.
+    """
+    held = [_FUNCTIONS.get(f) for f in functions] + [_METHODS.get(m) for m in methods.split()]
+    held += [_ATEN.get(f"aten::{overload}") for overload in aten.split()]
+    taken = next((s for s in held if s is not None and s.operation != op), None)
+    if taken is not None:
+        raise ValueError(f"a spelling of '{op.name}' is one of '{taken.operation.name}' already")
+    _spell(op, signature, functions=functions, methods=methods, aten=aten)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import fx
 
 from fxfuse.guards import last_dim, same_dim
@@ -17,6 +19,18 @@ teacher_logits = Chain("teacher_scales", teacher, factors="number")
 teacher_softmax = op.softmax(teacher_logits, teacher_dim)
 teacher_log_softmax = op.log_softmax(teacher_logits, teacher_dim)
 student_log_softmax = op.log_softmax(student_logits, dim)
+
+
+def temperatures(match: Match) -> str | None:
+    """What scales the logits has a reciprocal, which is a temperature."""
+    for side in ("student", "teacher"):
+        scale = 1.0
+        for step in match[f"{side}_scales"]:
+            if isinstance(step.factor, (int, float)):
+                scale = scale / step.factor if step.op == "div" else scale * step.factor
+        if scale == 0 or not math.isfinite(scale):
+            return f"the {side}'s logits are scaled by {scale}, which no temperature does"
+    return None
 
 
 def lower(match: Match, emit: Emit) -> fx.Node:
@@ -51,7 +65,7 @@ pattern = Pattern(
         _loss(op.detach(teacher_log_softmax), True),
     )),
     op=distillation_kl,
-    guards=(last_dim("dim", "student"), same_dim("dim", "teacher_dim", "student")),
+    guards=(same_dim("dim", "teacher_dim", "student"), last_dim("dim", "student"), temperatures),
     lower=lower,
     words=Words(
         why="Two softmaxes and a divergence over a vocabulary read and write the logits about ten times.",

@@ -8,10 +8,10 @@ from fxfuse.guards import bias_is_vector, weight_is_matrix
 from fxfuse.match import Chain, Either, Match, Var, number, op
 from fxfuse.ops.linear_activation_scale import linear_activation_scale
 from fxfuse.pattern import Pattern, Words
-from fxfuse.patterns._pieces import product
+from fxfuse.patterns._pieces import call_on_product, product
 from fxfuse.rewrite import Emit
 
-ACTIVATIONS = ("relu", "gelu", "silu", "sigmoid", "tanh", "leaky_relu", "hardtanh")
+ACTIVATIONS = ("relu", "gelu", "silu", "sigmoid", "tanh", "leaky_relu", "hardtanh", "clamp")
 
 inner = Chain("pre_scales", product, factors="number")
 activated = Either((
@@ -22,6 +22,7 @@ activated = Either((
     op.tanh(inner),
     op.leaky_relu(inner, number("slope")),
     op.hardtanh(inner, number("low"), number("high")),
+    op.clamp(inner, number("low"), number("high")),
 ))  # fmt: skip
 
 
@@ -37,7 +38,9 @@ def lower(match: Match, emit: Emit) -> fx.Node:
     alpha, beta = match.get("slope", match.get("low", 0.0)), match.get("high", 0.0)
     if name == "gelu" and match["approximate"] == "tanh":
         name = "gelu_tanh"
-    return emit.call(
+    return call_on_product(
+        match,
+        emit,
         linear_activation_scale,
         x=match["x"],
         weight=match["weight"],

@@ -8,9 +8,9 @@ from fxfuse.guards import bias_is_vector, per_channel, weight_is_matrix
 from fxfuse.match import Chain, Either, Match, Var, op, variables
 from fxfuse.ops.linear_scale_batchnorm1d import linear_scale_batchnorm1d, linear_scale_batchnorm1d_module
 from fxfuse.pattern import Pattern, Words
-from fxfuse.patterns._pieces import product, restore_leading
+from fxfuse.patterns._pieces import as_the_product, call_on_product, product, restore_leading
 from fxfuse.rewrite import Emit
-from fxfuse.view import ModuleRef
+from fxfuse.view import Call, ModuleRef
 
 start_dim, end_dim, shape, unflattened = variables("start_dim end_dim shape unflattened")
 FUNCTIONAL = ("running_mean", "running_var", "bn_weight", "bn_bias", "training", "momentum", "eps")
@@ -56,6 +56,12 @@ def shape_from_match(match: Match) -> str | None:
     return f"reshape_as takes its shape from {match.view.describe(other)}, not from the product"
 
 
+def _call(match: Match, node: fx.Node) -> Call:
+    call = match.view.call(node)
+    assert call is not None
+    return call
+
+
 def lower(match: Match, emit: Emit) -> fx.Node:
     """Scales become one factor and one divisor per channel; a flatten moves in front of the product."""
     x = match["x"]
@@ -74,9 +80,12 @@ def lower(match: Match, emit: Emit) -> fx.Node:
     }
     module = match.get("bn")
     if isinstance(module, ModuleRef):
-        out = emit.call(linear_scale_batchnorm1d_module, bn=module, **given)
+        out = call_on_product(match, emit, linear_scale_batchnorm1d_module, bn=module, **given)
     else:
-        out = emit.call(linear_scale_batchnorm1d, **given, **{name: match[name] for name in FUNCTIONAL})
+        settings = {name: match[name] for name in FUNCTIONAL}
+        out = call_on_product(match, emit, linear_scale_batchnorm1d, **given, **settings)
+    if any(_call(match, step.node).inplace for step in tensors):
+        out = emit.call(as_the_product, out=out, x=match["x"], weight=match["weight"])
     if "unflattened" in match.bindings:
         out = emit.call(restore_leading, out=out, like=match["x"])
     return out

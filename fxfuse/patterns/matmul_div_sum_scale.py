@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxfuse.guards import bias_is_vector, last_dim, weight_is_matrix
+from fxfuse.cost import collapsed
+from fxfuse.guards import bias_is_vector, last_dim, single_dim, weight_is_matrix
 from fxfuse.match import Chain, Either, Match, op, variables
 from fxfuse.ops.matmul_div_sum_scale import matmul_div_sum_scale
 from fxfuse.pattern import Pattern, Words
-from fxfuse.patterns._pieces import product
+from fxfuse.patterns._pieces import call_on_product, product
 from fxfuse.rewrite import Emit
 
 dim, keepdim = variables("dim keepdim")
@@ -19,13 +20,15 @@ def lower(match: Match, emit: Emit) -> fx.Node:
     """Numbers become the op's scale; 0-d tensors, being constant over the sum, multiply its result."""
     tensors = [s for s in match["pre_scales"] if s.factor is not None and not match.view.is_number(s.factor)]
     numbers = [s for s in match["pre_scales"] if s not in tensors]
-    result = emit.call(
+    result = call_on_product(
+        match,
+        emit,
         matmul_div_sum_scale,
         x=match["x"],
         weight=match["weight"],
         bias=match.get("bias"),
         scale=emit.number(numbers + match["post_scales"]),
-        dim=match["dim"],
+        dim=single_dim(match["dim"]),
         keepdim=match["keepdim"],
         mean=any(match.view.operations[node] == "mean" for node in match.nodes),
     )
@@ -46,6 +49,7 @@ pattern = Pattern(
     guards=(weight_is_matrix, bias_is_vector, last_dim("dim", "x"), one_dim),
     lower=lower,
     pays_always=True,
+    cost=collapsed,
     words=Words(
         why="The sum over the output features turns the matrix product into a matrix-vector product.",
         fuses="No product is formed: the weight's column sums are taken once, then one dot product per row.",

@@ -1,0 +1,180 @@
+"""What a graph takes for granted, and the check of it that runs before every fused call.
+
+A symbolic trace freezes whatever Python decided while it ran. Everything it decided by is written down here:
+attributes, the children of containers, types of modules whose call is replaced by their contents, global and
+closed-over values. Where one of them has changed since, the graph does not hold and the module's own Python runs.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfuse.watch import type_of
+
+__all__ = ["Assumptions", "outside_values", "picture"]
+
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_MOST_ITEMS = 256
+
+
+class _Same:
+    """Equal to itself: an object that is compared by identity."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def picture(value: Any, depth: int = 3) -> Any:
+    """A value as something that compares equal as long as a trace would have read the same from it.
+
+    Plain values, lists, dicts and the attributes of plain objects (a config) are compared by content; modules by type;
+    tensors, functions and everything else by identity.
+    """
+    kind = type(value)
+    if kind in _SIMPLE:
+        return (kind, value) if value == value else kind  # NaN is not equal to itself
+    if isinstance(value, nn.Module):
+        return type_of(value)
+    if depth and kind in (list, tuple, set, frozenset, deque, torch.Size) and len(value) <= _MOST_ITEMS:
+        return (kind, [picture(item, depth - 1) for item in value])
+    if depth and isinstance(value, dict) and len(value) <= _MOST_ITEMS:
+        return (kind, [(key, picture(item, depth - 1)) for key, item in value.items()])
+    if depth and not isinstance(value, (type, enum.Enum, torch.Tensor, types.ModuleType)) and not callable(value):
+        attributes = getattr(value, "__dict__", None)
+        if type(attributes) is dict:
+            return (kind, _Same(value), picture(attributes, depth - 1))
+    return _Same(value)
+
+
+@dataclass
+class Assumptions:
+    """What one graph rests on; paths are from the module that owns it, '' being that module.
+
+    Attributes:
+        values: (path, attribute) -> :func:`picture` of what was read.
+        methods: path -> names found on the class, which an instance attribute of the name would hide.
+        children: path -> the (name, type) of every child of a module whose children were listed.
+        bypassed: path -> type of a module whose call stands in the graph by its contents: hooks would not run.
+        outside: (holder, key, value) of globals and closure cells a traced function reads.
+    """
+
+    values: dict[tuple[str, str], Any] = field(default_factory=dict)
+    methods: dict[str, set[str]] = field(default_factory=dict)
+    children: dict[str, list[tuple[str, type]]] = field(default_factory=dict)
+    bypassed: dict[str, type] = field(default_factory=dict)
+    outside: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    def bypass(self, path: str, module: nn.Module) -> None:
+        """Take for granted that the module at ``path`` stays of its type and without hooks."""
+        self.bypassed[path] = type(module)
+        owner, _, name = path.rpartition(".")
+        self.values.pop((owner, name), None)  # the same, and less
+
+    def read_settings(self, path: str, module: nn.Module) -> None:
+        """Take for granted the plain attributes (``negative_slope``) of a layer whose call was read."""
+        for name, value in module.__dict__.items():
+            if type(value) in _SIMPLE and not name.startswith("_") and name not in ("training", "call_super_init"):
+                self.values[(path, name)] = picture(value)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                self.values[(path, name)] = picture(None)
+
+    def check(self) -> Callable[[Any], bool]:
+        """``holds(module)``: whether all of it is still so. Straight-line code, since it runs at every call."""
+        names: dict[str, Any] = {"picture": picture}
+        lines: list[str] = []
+
+        def constant(value: Any) -> str:
+            name = f"k{len(names)}"
+            names[name] = value
+            return name
+
+        for holder, key, value in self.outside:
+            here = constant(holder) + (f".get({key!r})" if isinstance(holder, dict) else ".cell_contents")
+            lines.append(f"        if {_differs(here, value, constant)}: return False")
+        paths = {path for path, _ in self.values} | set(self.methods) | set(self.children) | set(self.bypassed)
+        for path in sorted(paths):
+            steps = "".join(f"._modules[{name!r}]" for name in path.split(".") if name)
+            lines.append(f"        m = self{steps}")
+            tests = list(self._tests(path, constant))
+            if tests:
+                lines.append(f"        if {' or '.join(tests)}: return False")
+        if not lines:
+            return _always
+        source = ["def holds(self):", "    try:", *lines, "        return True"]
+        source += ["    except (KeyError, AttributeError, ValueError):", "        return False"]
+        exec(compile("\n".join(source), "<fxfuse condition>", "exec"), names)
+        return names["holds"]
+
+    def _tests(self, path: str, constant: Callable[[Any], str]) -> Iterator[str]:
+        own = set(self.methods.get(path, ()))
+        if path in self.bypassed and path:
+            yield f"type(m) is not {constant(self.bypassed[path])}"
+            yield "m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks"
+            own.add("forward")
+        for name in sorted(own):
+            yield f"{name!r} in m.__dict__"
+        if path in self.children:
+            yield f"[(n, type(c)) for n, c in m._modules.items()] != {constant(self.children[path])}"
+        for (owner, attribute), value in self.values.items():
+            if owner == path:
+                child = isinstance(value, type) and issubclass(value, nn.Module)
+                yield _differs(f"m._modules[{attribute!r}]" if child else f"m.{attribute}", value, constant)
+
+
+def _differs(here: str, value: Any, constant: Callable[[Any], str]) -> str:
+    """Source of the test whether ``here`` is not what its picture shows; plain values without drawing a new one."""
+    if isinstance(value, type):
+        return f"type({here}) is not {constant(value)}"
+    kind, content = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
+    if kind is bool or kind is type(None):
+        return f"{here} is not {content}"
+    if kind in (int, str):
+        return f"{here} != {constant(content)}"
+    return f"picture({here}) != {constant(value)}"
+
+
+def _always(owner: Any) -> bool:
+    return True
+
+
+def outside_values(function: Any, tensors: bool = False) -> Iterator[tuple[Any, str, Any]]:
+    """(holder, key, picture) of the plain values a function reads from its globals and its closure.
+
+    ``tensors`` takes in tensors, too: they are compared by identity.
+    """
+    wanted = (*_SIMPLE, list, tuple, dict, set)
+
+    def taken(value: Any) -> bool:
+        return type(value) in wanted or (tensors and isinstance(value, torch.Tensor))
+
+    for name in sorted(_names_in(function.__code__)):
+        if name in function.__globals__ and taken(function.__globals__[name]):
+            yield function.__globals__, name, picture(function.__globals__[name])
+    for cell in function.__closure__ or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+        if taken(value):
+            yield cell, "", picture(value)
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    inner = [_names_in(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return set(code.co_names).union(*inner)

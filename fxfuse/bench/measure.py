@@ -1,0 +1,157 @@
+"""Measures one case: every rival's error and peak memory, then all their times side by side."""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxfuse.bench import accuracy, memory, rivals
+from fxfuse.bench.cases import Case, Runner, Setup
+from fxfuse.bench.limits import Limits, matmul_precision
+from fxfuse.bench.timing import time_together
+
+Row = dict[str, Any]
+BASELINE = "eager"
+
+
+@dataclass
+class Effort:
+    """How much to measure. `seconds_left()` bounds the rounds of a case; `tell` reports what is being done."""
+
+    device: torch.device
+    seed: int
+    rounds: int
+    cache_bytes: int
+    seconds_left: Callable[[], float] = lambda: float("inf")
+    tell: Callable[[str], None] = field(default=lambda what: None)
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as one short line for a table."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
+
+
+def empty_row(case: Case, rival: str, status: str, reason: str = "") -> Row:
+    """A row without numbers: what was to be measured, its `status` ("failed", "missing", "n/a", "skipped") and why."""
+    return {
+        "workload": case.workload.name,
+        "shape": list(case.shape),
+        "precision": case.precision,
+        "mode": case.mode,
+        "rival": rival,
+        "status": status,
+        "reason": reason,
+    }
+
+
+def measure_case(case: Case, names: Sequence[str], limits: Limits, effort: Effort) -> list[Row]:
+    """One row per rival of `names`, in their order. A rival that fails gets a row saying so; the others go on.
+
+    Raises what building the model, its inputs or the float64 reference raises (out of memory, say).
+    """
+    rivals.reset()
+    _free(effort.device)
+    with matmul_precision(case.precision):
+        effort.tell("model and inputs")
+        setup = Setup.make(case, effort.device, effort.seed, effort.cache_bytes)
+        effort.tell("float64 reference")
+        reference = setup.reference()
+        _free(effort.device)
+        rows: dict[str, Row] = {}
+        runners: dict[str, Runner] = {}
+        for name in names:
+            effort.tell(name)
+            try:
+                rows[name], runners[name] = _prepare(setup, name, reference, effort)
+            except rivals.Unavailable as why:
+                rows[name] = empty_row(case, name, why.status, str(why))
+            except Exception as error:
+                rows[name] = empty_row(case, name, "failed", first_line(error))
+            _free(effort.device)
+        del reference
+        _free(effort.device)
+        effort.tell("timing")
+        _time(runners, rows, effort)
+    _relate(rows, limits.milliseconds(case.workload.work(case.shape, case.dtype.itemsize, case.mode == "fwdbwd"),
+                                      case.precision, effort.device))
+    return list(rows.values())
+
+
+def _prepare(setup: Setup, name: str, reference: accuracy.Result, effort: Effort) -> tuple[Row, Runner]:
+    """Compile and warm one rival, take its error on the first call and its memory on a later one."""
+    graph_pool = memory.graph_pool_bytes(effort.device)
+    model = setup.fresh_model()
+    rival = rivals.RIVALS[name]
+    callee = rival.prepare(model, setup.case.workload)
+    if rival.cuda_graphs and effort.device.type == "cuda":
+        # Without the mark, a graph's outputs of the last call are taken as still wanted.
+        runner = Runner(setup, model, callee, before_call=torch.compiler.cudagraph_mark_step_begin)
+    else:
+        runner = Runner(setup, model, callee)
+    row = empty_row(setup.case, name, "ok")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch._inductor")
+        row |= accuracy.errors(runner.result(), reference)
+        if not all(math.isfinite(value) for key, value in row.items() if key.endswith("error")):
+            raise ArithmeticError("the result is wrong: not finite, or not of the reference's shape")
+        for i in range(2):
+            runner.step(i)
+        row["peak_bytes"] = memory.peak_bytes(lambda: runner.step(2), effort.device, graph_pool)
+    if name == "fxfuse":
+        row["replaced"] = rivals.replaced_patterns(callee)
+    return row, runner
+
+
+def _time(runners: dict[str, Runner], rows: dict[str, Row], effort: Effort) -> None:
+    """Time the runners together; one that fails now is dropped with its reason and the rest are timed again."""
+    while runners:
+        steps = {name: _named(name, runner.step) for name, runner in runners.items()}
+        try:
+            times = time_together(steps, effort.device, rounds=effort.rounds, seconds=effort.seconds_left())
+        except _StepFailed as failure:
+            runners.pop(failure.rival)
+            rows[failure.rival] |= {"status": "failed", "reason": first_line(failure.cause)}
+            continue
+        for name, timing in times.items():
+            rows[name] |= timing.as_dict()
+        return
+
+
+class _StepFailed(Exception):
+    def __init__(self, rival: str, cause: Exception) -> None:
+        super().__init__(rival)
+        self.rival, self.cause = rival, cause
+
+
+def _named(rival: str, step: Callable[[int], None]) -> Callable[[int], None]:
+    def run(i: int) -> None:
+        try:
+            step(i)
+        except Exception as error:
+            raise _StepFailed(rival, error) from error
+
+    return run
+
+
+def _relate(rows: dict[str, Row], limit_ms: float | None) -> None:
+    """Add what compares: `ratio` (eager's time over this one's), the limit and the share of it that is reached."""
+    baseline = rows.get(BASELINE, {}).get("median_ms")
+    for row in rows.values():
+        if "median_ms" not in row:
+            continue
+        row["ratio"] = baseline / row["median_ms"] if baseline else None
+        row["limit_ms"] = limit_ms
+        row["share_of_limit"] = limit_ms / row["median_ms"] if limit_ms else None
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,109 @@
+"""Who is compared: each rival turns the same model into the callable it would run.
+
+Adding one is a function here decorated with `@rival`; `fxfuse bench --vs` knows it by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import fxfuse
+from fxfuse.bench.workloads import DISTILLATION_TEMPERATURE, Workload
+
+Callee = Callable[..., Tensor]
+Prepare = Callable[[nn.Module, Workload], Callee]
+
+
+class Unavailable(Exception):
+    """A rival that can't run here: `status` "missing" (not installed) or "n/a" (has nothing for this workload)."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One competitor: its name on the command line, its heading, how it prepares a model, and whether what it makes
+    replays CUDA graphs (then every call has to be told apart from the last)."""
+
+    name: str
+    title: str
+    prepare: Prepare
+    cuda_graphs: bool = False
+
+
+RIVALS: dict[str, Rival] = {}
+
+
+def rival(name: str, title: str, cuda_graphs: bool = False) -> Callable[[Prepare], None]:
+    """Register the decorated function as a rival."""
+
+    def register(prepare: Prepare) -> None:
+        RIVALS[name] = Rival(name, title, prepare, cuda_graphs)
+
+    return register
+
+
+@rival("eager", "PyTorch eager")
+def _eager(model: nn.Module, workload: Workload) -> Callee:
+    return model
+
+
+@rival("compile", "torch.compile")
+def _compile(model: nn.Module, workload: Workload) -> Callee:
+    return torch.compile(model, dynamic=False)
+
+
+@rival("max-autotune", "torch.compile max-autotune", cuda_graphs=True)
+def _max_autotune(model: nn.Module, workload: Workload) -> Callee:
+    return torch.compile(model, dynamic=False, mode="max-autotune")
+
+
+@rival("liger", "Liger-Kernel")
+def _liger(model: nn.Module, workload: Workload) -> Callee:
+    """Liger has a KL divergence taking log-probabilities; what comes before it is PyTorch's."""
+    if workload.has_product:
+        raise Unavailable("n/a", "Liger-Kernel has no kernel for it")
+    try:
+        from liger_kernel.transformers import LigerKLDIVLoss
+    except ImportError as error:
+        raise Unavailable("missing", f"liger_kernel is not installed ({error})") from error
+    if not next(iter(model.parameters()), torch.empty(0)).is_cuda and not torch.cuda.is_available():
+        raise Unavailable("n/a", "Liger-Kernel needs a GPU")
+    divergence = LigerKLDIVLoss(reduction="batchmean", log_target=False)
+    if workload.name == "kl_div":
+        return lambda p, t: divergence(torch.log(p), t)
+    temperature = DISTILLATION_TEMPERATURE
+
+    def distillation(student: Tensor, teacher: Tensor) -> Tensor:
+        log_q = torch.log_softmax(student / temperature, dim=-1)
+        return divergence(log_q, torch.softmax(teacher / temperature, dim=-1)) * temperature**2
+
+    return distillation
+
+
+@rival("fxfuse", "fxfuse")
+def _fxfuse(model: nn.Module, workload: Workload) -> Callee:
+    return fxfuse.optimize(model)
+
+
+@rival("fxfuse-compile", 'torch.compile(backend="fxfuse")')
+def _fxfuse_compile(model: nn.Module, workload: Workload) -> Callee:
+    from fxfuse.backend import backend
+
+    return torch.compile(model, dynamic=False, backend=backend)
+
+
+def replaced_patterns(callee: Callee) -> list[str]:
+    """The patterns replaced in a callable made by the rival fxfuse, in order."""
+    return [replacement.pattern for replacement in fxfuse.report(callee).replacements]
+
+
+def reset() -> None:
+    """Forget compiled code and its CUDA graphs, so that one case's shapes don't make the next compile dynamic."""
+    torch.compiler.reset()

@@ -1,0 +1,218 @@
+"""Tables from bench results for the README and the docs, between markers.
+
+A page says where a table goes and what is in it:
+
+    <!-- bench:NAME workload=kl_div view=full -->
+    <!-- /bench:NAME -->
+
+NAME is benchmarks/NAME.json. `workload`, `precision`, `mode` take comma-separated names and default to all; `view` is
+`summary` (a row per case, the default), `full` (a row per rival), `memory` or `error`. `python -m fxfuse.bench.tables`
+writes the tables (and the plots docs/images/bench-NAME.png, where matplotlib is installed); with --check it only says
+what is out of date and exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fxfuse.bench.cases import format_shape
+from fxfuse.bench.formats import DASH, CaseKey, Row, by_case, error, milliseconds, percent, ratio, size
+from fxfuse.bench.rivals import RIVALS
+from fxfuse.bench.workloads import WORKLOADS
+
+Document = dict[str, Any]
+
+MARKER = re.compile(
+    r"(?P<open><!-- bench:(?P<name>[\w.-]+)(?P<options>(?: \w+=[\w.,-]+)*) -->\n)"
+    r".*?(?P<close><!-- /bench:(?P=name) -->)",
+    re.DOTALL,
+)
+PAGES = ("*.md", "docs/**/*.md")
+
+
+def _value(row: Row | None, key: str) -> float | None:
+    return row.get(key) if row else None
+
+
+def _summary(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
+    headings = ["workload", "shape", "precision", "mode", "eager ms", "torch.compile ms", "fxfuse ms",
+                "vs eager", "vs compile", "limit ms", "of limit"]  # fmt: skip
+    lines = []
+    for (workload, shape, precision, mode), rivals in cases.items():
+        compiled = [t for n in ("compile", "max-autotune") if (t := _value(rivals.get(n), "median_ms"))]
+        best = min(compiled, default=None)
+        ours = rivals.get("fxfuse")
+        time = _value(ours, "median_ms")
+        lines.append(
+            [
+                WORKLOADS[workload].title if workload in WORKLOADS else workload,
+                format_shape(shape),
+                precision,
+                mode,
+                _time(rivals.get("eager")),
+                milliseconds(best),
+                _time(ours),
+                ratio(_value(ours, "ratio")),
+                ratio(best / time if best and time else None),
+                milliseconds(_value(ours, "limit_ms")),
+                percent(_value(ours, "share_of_limit")),
+            ]
+        )
+    return headings, lines
+
+
+def _time(row: Row | None) -> str:
+    """A time, or the word for why there is none."""
+    if row is None:
+        return DASH
+    return milliseconds(row["median_ms"]) if row["status"] == "ok" else row["status"]
+
+
+def _full(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
+    headings = ["shape", "precision", "mode", "", "ms", "spread", "vs eager", "of limit", "peak memory", "error",
+                "gradient error"]  # fmt: skip
+    lines = []
+    for (_, shape, precision, mode), rivals in cases.items():
+        for name, row in rivals.items():
+            lines.append(
+                [
+                    format_shape(shape),
+                    precision,
+                    mode,
+                    RIVALS[name].title if name in RIVALS else name,
+                    _time(row),
+                    f"±{50 * row['spread']:.0f} %" if "spread" in row else DASH,
+                    ratio(row.get("ratio")),
+                    percent(row.get("share_of_limit")),
+                    size(row.get("peak_bytes")),
+                    error(row.get("error")),
+                    error(row.get("grad_error")),
+                ]
+            )
+    return headings, lines
+
+
+def _one_measure(key: str, show: Callable[[float | None], str]) -> Callable[..., tuple[list[str], list[list[str]]]]:
+    def view(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
+        names = list(dict.fromkeys(name for rivals in cases.values() for name in rivals))
+        headings = ["workload", "shape", "precision", "mode"]
+        headings += [RIVALS[name].title if name in RIVALS else name for name in names]
+        lines = []
+        for (workload, shape, precision, mode), rivals in cases.items():
+            title = WORKLOADS[workload].title if workload in WORKLOADS else workload
+            values = [show(_value(rivals.get(name), key)) for name in names]
+            lines.append([title, format_shape(shape), precision, mode, *values])
+        return headings, lines
+
+    return view
+
+
+VIEWS = {
+    "summary": _summary,
+    "full": _full,
+    "memory": _one_measure("peak_bytes", size),
+    "error": _one_measure("error", error),
+}
+
+
+def markdown(document: Document, name: str, options: dict[str, str]) -> str:
+    """A document's table as Markdown with its provenance below; ValueError on an unknown option or view."""
+    options = dict(options)
+    view = options.pop("view", "summary")
+    if view not in VIEWS:
+        raise ValueError(f"bench:{name}: there is no view {view!r}; {', '.join(VIEWS)} exist")
+    rows = document["results"]
+    for key, wanted in options.items():
+        if key not in ("workload", "precision", "mode", "rival"):
+            raise ValueError(f"bench:{name}: unknown option {key!r}; workload, precision, mode, rival, view exist")
+        rows = [row for row in rows if row[key] in wanted.split(",")]
+    if not rows:
+        raise ValueError(f"bench:{name}: no result matches {options}")
+    headings, lines = VIEWS[view](by_case(rows))
+    left = sum(heading in ("workload", "shape", "precision", "mode", "") for heading in headings)
+    table = tabulate(lines, headings, tablefmt="pipe", disable_numparse=True,
+                     colalign=["left"] * left + ["right"] * (len(headings) - left))  # fmt: skip
+    made, versions = document["machine"], document["versions"]
+    where = made.get("gpu") or f"{made['cpu']}, {made['torch_threads']} threads"
+    source = f"{where}, torch {versions['torch']}, {document['date']}; `{document['command']}` (benchmarks/{name}.json)"
+    return f"\n{table}\n\n{source}\n\n"
+
+
+def fill(text: str, documents: dict[str, Document]) -> str:
+    """`text` with the body between each pair of markers replaced; ValueError when a marker names no document."""
+
+    def one(found: re.Match[str]) -> str:
+        name = found["name"]
+        if name not in documents:
+            raise ValueError(f"bench:{name}: there is no benchmarks/{name}.json")
+        options = dict(option.split("=", 1) for option in found["options"].split())
+        return found["open"] + markdown(documents[name], name, options) + found["close"]
+
+    opened = len(re.findall(r"<!-- bench:", text))
+    filled, count = MARKER.subn(one, text)
+    if count != opened:
+        raise ValueError(f"{opened - count} bench marker(s) without a matching <!-- /bench:NAME --> or malformed")
+    return filled
+
+
+def load(folder: Path) -> dict[str, Document]:
+    """Every benchmarks/NAME.json by NAME."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def out_of_date(root: Path) -> dict[Path, str]:
+    """The pages under `root` whose tables differ from their JSON, with the text they should have."""
+    documents = load(root / "benchmarks")
+    changed = {}
+    for path in sorted({page for pattern in PAGES for page in root.glob(pattern)}):
+        text = path.read_text(encoding="utf-8")
+        try:
+            filled = fill(text, documents)
+        except ValueError as fault:
+            raise ValueError(f"{path.relative_to(root)}: {fault}") from None
+        if filled != text:
+            changed[path] = filled
+    return changed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: write what is out of date, or with --check only say it."""
+    parser = argparse.ArgumentParser(prog="python -m fxfuse.bench.tables", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 when something differs")
+    parser.add_argument("--root", type=Path, default=Path.cwd(), help="the repository (default: here)")
+    args = parser.parse_args(arguments)
+    root = args.root.resolve()
+    try:
+        changed = out_of_date(root)
+    except ValueError as fault:
+        print(f"tables: {fault}", file=sys.stderr)
+        return 1
+    for path, text in changed.items():
+        if not args.check:
+            path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(root)}: {'out of date' if args.check else 'written'}")
+
+    from fxfuse.bench import plot
+
+    stale = plot.out_of_date(root, load(root / "benchmarks"))
+    for path, document in stale.items():
+        if not args.check:
+            try:
+                plot.draw(document, path)
+            except ImportError as missing:
+                print(f"tables: {missing}", file=sys.stderr)
+                return 1
+        print(f"{path.relative_to(root)}: {'out of date' if args.check else 'written'}")
+    return int(args.check and bool(changed or stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

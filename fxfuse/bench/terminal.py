@@ -1,0 +1,70 @@
+"""Bench results as text for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from tabulate import tabulate
+
+from fxfuse.bench.formats import by_case, case_title, error, milliseconds, percent, ratio, size
+
+Document = dict[str, Any]
+
+
+def show(document: Document) -> str:
+    """All results as text of at most 80 columns, a table a case."""
+    blocks = [_head(document)]
+    for key, rivals in by_case(document["results"]).items():
+        limit = next((row["limit_ms"] for row in rivals.values() if row.get("limit_ms")), None)
+        lines = []
+        notes = []
+        for name, row in rivals.items():
+            if row["status"] == "n/a":
+                notes.append(f"{name}: {row['reason']}")
+                continue
+            if row["status"] != "ok":
+                lines.append([name, row["status"]])
+                notes.append(f"{name} {row['status']}: {row['reason']}")
+                continue
+            lines.append(
+                [
+                    name,
+                    milliseconds(row["median_ms"]),
+                    f"±{50 * row['spread']:.0f} %",
+                    ratio(row["ratio"]),
+                    percent(row["share_of_limit"]),
+                    size(row["peak_bytes"]),
+                    error(row["error"]),
+                    error(row.get("grad_error")),
+                ]
+            )
+            if "replaced" in row:
+                notes.append("replaced: " + (", ".join(row["replaced"]) or "nothing"))
+        headings = ["", "ms", "spread", "vs\neager", "of\nlimit", "peak", "error", "grad\nerror"]
+        if not any(row.get("grad_error") is not None for row in rivals.values()):
+            headings = headings[:-1]
+            lines = [line[:7] for line in lines]
+        table = tabulate(lines, headings, tablefmt="simple", colalign=["left", *["right"] * (len(headings) - 1)],
+                         disable_numparse=True)  # fmt: skip
+        title = case_title(key) + (f" (limit {milliseconds(limit)} ms)" if limit else "")
+        blocks.append("\n".join([title, table, *(_wrap(note) for note in notes)]))
+    return "\n\n".join(blocks)
+
+
+def _head(document: Document) -> str:
+    """The machine, versions and measured ceilings as a few lines."""
+    made, versions, limits = document["machine"], document["versions"], document["limits"]
+    where = made.get("gpu") or f"{made['cpu']}, {made['torch_threads']} threads"
+    lines = [f"{where}; torch {versions['torch']}, fxfuse {versions['fxfuse']}, seed {document['seed']}"]
+    if limits.get("bandwidth"):
+        rates = [f"{name} {rate / 1e12:.3g}" for name, rate in limits["matrix_rate"].items()]
+        line = f"measured limits: {limits['bandwidth'] / 1e12:.3g} TB/s"
+        lines.append(line + (f"; products in TFLOP/s: {', '.join(rates)}" if rates else ""))
+    if document.get("limits_failed"):
+        lines.append(f"limits not measured: {document['limits_failed']}")
+    return "\n".join(lines)
+
+
+def _wrap(text: str, width: int = 80) -> str:
+    return textwrap.fill(text, width, initial_indent="  ", subsequent_indent="    ")
