@@ -1,0 +1,168 @@
+"""linear_activation_scale and linear_scale_batchnorm1d as ops on a GPU: every road against the original in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fxfuse.kernels import loader
+from fxfuse.ops.linear_activation_scale import OP as ACTIVATION
+from fxfuse.ops.linear_activation_scale import linear_activation_scale
+from fxfuse.ops.linear_scale_batchnorm1d import linear_scale_batchnorm1d_module
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+LEAST = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+SIZES = [(512, 1024, 512), (1500, 2048, 1024), (33, 40, 24), (130, 37, 51)]
+
+
+def error(got, want) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-300))
+
+
+@pytest.fixture(autouse=True, params=["", "1"], ids=["hopper", "portable"])
+def road(request, monkeypatch):
+    monkeypatch.setenv("FXFUSE_PORTABLE", request.param)
+    assert loader.library() is not None, loader.why_unavailable()
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "hardtanh"])
+@pytest.mark.parametrize(("m", "n", "k"), SIZES)
+def test_activation(m, n, k, activation, dtype, tf32, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    value = {"relu": F.relu, "gelu": F.gelu, "hardtanh": F.hardtanh}[activation]
+    x, w = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(n, k, device="cuda", dtype=dtype) / k**0.5
+    tensors = [x, w, torch.randn(n, device="cuda", dtype=dtype)]
+    grad = torch.randn(m, n, device="cuda", dtype=dtype)
+
+    def run(function, dtype):
+        inputs = [t.to(dtype).detach().requires_grad_() for t in tensors]
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
+
+    def original(x, w, b):
+        return value(0.7 * F.linear(x, w, b)) * 0.5
+
+    want = run(original, torch.float64)
+    eager = run(original, dtype)
+    args = (activation, -1.0, 1.0, 0.7, 0.5)
+    assert ACTIVATION.road(*tensors, *args).name == "kernel"
+    got = run(lambda *t: linear_activation_scale(*t, *args), dtype)
+    least = 5e-4 if tf32 and dtype == torch.float32 else LEAST[dtype] / 4
+    for g, w_, e in zip(got, want, eager, strict=True):
+        assert error(g, w_) <= 1.25 * error(e, w_) + least
+    with torch.no_grad():
+        assert error(linear_activation_scale(*tensors, *args), want[0]) <= 1.25 * error(eager[0], want[0]) + least
+
+
+class Block(nn.Module):
+    def __init__(self, k, n):
+        super().__init__()
+        self.linear, self.bn = nn.Linear(k, n), nn.BatchNorm1d(n, momentum=0.2)
+        self.scale = nn.Parameter(torch.randn(n))
+        nn.init.normal_(self.bn.weight)
+        nn.init.normal_(self.bn.bias)
+
+    def forward(self, x):
+        return self.bn(self.linear(x) * self.scale)
+
+
+class Fused(Block):
+    def forward(self, x):
+        return linear_scale_batchnorm1d_module(self.bn, x, self.linear.weight, self.linear.bias, self.scale)
+
+
+@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16", "autocast"])
+@pytest.mark.parametrize(("m", "n", "k"), SIZES)
+def test_batchnorm_over_steps(m, n, k, kind, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", kind == "tf32")
+    eager = Block(k, n).cuda()
+    fused = Fused(k, n).cuda()
+    fused.load_state_dict(eager.state_dict())
+    judge = copy.deepcopy(eager).double()
+    least = {"float32": 2e-6, "tf32": 1e-3}.get(kind, 8e-3)
+    for training in (True, True, False, True, False):
+        x = torch.randn(m, k, device="cuda") + 1
+        grad = torch.randn(m, n, device="cuda")
+        results = []
+        for model in (judge, eager, fused):
+            model.train(training).zero_grad()
+            inner = x.double() if model is judge else x
+            inner = inner.clone().requires_grad_()
+            with torch.autocast(
+                "cuda", torch.bfloat16, enabled=kind in ("autocast", "bfloat16") and model is not judge
+            ):
+                out = model(inner)
+            out.backward(grad.to(out.dtype))
+            grads = {name: p.grad for name, p in model.named_parameters()}
+            results.append((out.detach(), inner.grad, grads, {name: b for name, b in model.named_buffers()}))
+        want, base, got = results
+        assert got[0].dtype == base[0].dtype
+        assert error(got[0], want[0]) <= 1.25 * error(base[0], want[0]) + least
+        assert error(got[1], want[1]) <= 1.25 * error(base[1], want[1]) + least
+        for name, g in got[2].items():
+            if name == "linear.bias" and training:
+                assert g.abs().max() == 0, "its gradient is zero: eager's is rounding noise"
+                continue
+            assert error(g, want[2][name]) <= 1.25 * error(base[2][name], want[2][name]) + least, (name, error(g, want[2][name]), error(base[2][name], want[2][name]), training)
+        for name, b in got[3].items():
+            assert error(b, want[3][name]) <= 1.25 * error(base[3][name], want[3][name]) + least, name
+
+
+def test_running_statistics_move_on_every_graph_replay():
+    model = Fused(512, 1024).cuda()
+    x = torch.randn(512, 512, device="cuda")
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            model(x)
+        torch.cuda.current_stream().wait_stream(side)
+        before = copy.deepcopy(model)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(x)
+        graph.replay()
+        graph.replay()
+        before(x)
+        want = before(x)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(model.bn.running_mean, before.bn.running_mean)
+    torch.testing.assert_close(model.bn.running_var, before.bn.running_var)
+    assert int(model.bn.num_batches_tracked) == int(before.bn.num_batches_tracked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_far_from_spread(dtype):
+    """Columns whose mean is 1e4 times their spread."""
+    n = 256
+    model, x = Fused(n, n).cuda(), torch.randn(2000, n, device="cuda") * 1e-2
+    with torch.no_grad():
+        model.linear.weight.copy_(torch.eye(n))
+        model.linear.bias.zero_()
+    x = (x + 100).to(dtype)
+    model.linear.to(dtype)
+    judge = copy.deepcopy(model).double()
+    with torch.no_grad():
+        want = Block.forward(judge, x.double())
+        base = Block.forward(copy.deepcopy(model), x)
+        got = model(x)
+    assert error(got, want) <= 1.25 * error(base, want) + 1e-6
+
+
+def test_strides_and_misalignment():
+    memory = torch.randn(600, 1100, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16)
+    for x in (memory[:, :512], memory[:, 1:513], memory[:, 3:515].t()[:512, :512], memory[:1, :512].expand(512, 512)):
+        want = F.relu(F.linear(x.double(), w.double()))
+        got = linear_activation_scale(x, w, None, "relu")
+        assert error(got, want) <= 1.25 * error(F.relu(F.linear(x, w)), want) + 1e-5
+    assert linear_activation_scale(memory[:0, :512], w, None, "relu").shape == (0, 1024)

@@ -1,0 +1,311 @@
+"""kl_div and distillation_kl on a GPU, through the ops: numbers against float64, edges, streams, graphs, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxfuse.kernels import loader
+from fxfuse.ops.distillation_kl import OP as DISTILLATION
+from fxfuse.ops.distillation_kl import distillation_kl
+from fxfuse.ops.kl_div import OP as KL
+from fxfuse.ops.kl_div import kl_div
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+INF, NAN = float("inf"), float("nan")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+SHAPES = [(3, 10), (65, 512), (17, 1000), (4, 5003), (2, 32000), (3, 128256), (1, 1_000_003)]
+
+
+@pytest.fixture(params=("hopper", "portable"), autouse=True)
+def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test on the device's own road and on that of compute capability 8.0."""
+    monkeypatch.setenv("FXFUSE_PORTABLE", str(int(request.param == "portable")))
+    assert loader.library() is not None, loader.why_unavailable()
+    torch.manual_seed(0)
+
+
+def eager_kl(x: Tensor, t: Tensor, reduction: str, log_target: bool, log_input: bool) -> Tensor:
+    return F.kl_div(x.log() if log_input else x, t, reduction=reduction, log_target=log_target)
+
+
+def eager_distillation(s: Tensor, t: Tensor, ts: float, tt: float, reduction: str, log_target: bool) -> Tensor:
+    q = F.log_softmax(t / tt, -1) if log_target else F.softmax(t / tt, -1)
+    return ts * tt * F.kl_div(F.log_softmax(s / ts, -1), q, reduction=reduction, log_target=log_target)
+
+
+def with_grads(function: Callable[..., Tensor], *tensors: Tensor, scale: float = 1.0) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    loss = function(*leaves)
+    return [loss.detach(), *torch.autograd.grad((loss * scale).sum(), leaves)]
+
+
+Results = list[Tensor]
+
+
+def check(draws: list[tuple[Results, Results, Results]]) -> None:
+    """(ours, eager's, float64's) of several draws: over all of them, the error against float64 is at most 1.25 times
+    eager's (or what storing the results costs), and inf and NaN are where eager has them.
+
+    One draw of a scalar says little: eager's error may be nearly zero by chance.
+    """
+    columns = zip(*(zip(*column, strict=True) for column in zip(*draws, strict=True)), strict=True)
+    for which, (ours, eager, exact) in enumerate(columns):
+        assert all(o.dtype == e.dtype and o.shape == e.shape for o, e in zip(ours, eager, strict=True))
+        one, peer, judge = (torch.cat([t.flatten() for t in column]) for column in (ours, eager, exact))
+        assert torch.equal(one.isnan(), peer.isnan())
+        assert torch.equal(one.isposinf(), peer.isposinf())
+        assert torch.equal(one.isneginf(), peer.isneginf())
+        info = torch.finfo(one.dtype)
+        keep = one.isfinite() & judge.isfinite()
+        one, peer, judge = one[keep].double(), peer[keep].double(), judge[keep]
+        error, allowed = (one - judge).norm().item(), (peer - judge).norm().item()
+        floor = 0.5 * info.eps * judge.norm().item() + info.tiny
+        assert error <= 1.25 * max(allowed, floor), f"result {which}: {error / max(allowed, floor):.2f} times eager's error"
+
+
+def distributions(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    p, q = torch.randn(2, *shape, device="cuda").softmax(-1).clamp_min(1e-4).to(dtype)
+    return p, q
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("log_input", [False, True])
+def test_kl_div(dtype: torch.dtype, reduction: str, log_target: bool, log_input: bool) -> None:
+    args = reduction, log_target, log_input
+    draws = []
+    for shape in [(4, 7), (3, 5, 77)] * 32 + [(5, 1023), (64, 8192)] * 4:
+        p, q = distributions(*shape, dtype=dtype)
+        x, t = p if log_input else p.log(), q.log() if log_target else q
+        assert KL.road(x, t, *args).name == "kernel"
+        draws.append((
+            with_grads(lambda x, t: kl_div(x, t, *args), x, t, scale=0.5),
+            with_grads(lambda x, t: eager_kl(x, t, *args), x, t, scale=0.5),
+            with_grads(lambda x, t: eager_kl(x, t, *args), x.double(), t.double(), scale=0.5),
+        ))
+    check(draws)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("log_input", [False, True])
+def test_kl_div_inf_and_nan_are_eagers(dtype: torch.dtype, log_target: bool, log_input: bool) -> None:
+    """Every pair of special numbers, with ordinary ones beside them."""
+    special = torch.tensor([0.0, -0.0, -1.0, INF, -INF, NAN, 1.0, 1e-40, 3e38, 0.5, 60000.0, 2.0])
+    x, t = torch.cat([torch.cartesian_prod(special, special), torch.rand(9000, 2)]).to("cuda", dtype).t().contiguous()
+    for reduction in ("none", "mean"):
+        args = reduction, log_target, log_input
+        ours = with_grads(lambda x, t: kl_div(x, t, *args), x, t)  # noqa: B023
+        eager = with_grads(lambda x, t: eager_kl(x, t, *args), x, t)  # noqa: B023
+        for one, peer in zip(ours, eager, strict=True):
+            assert torch.equal(one.isnan(), peer.isnan()) and torch.equal(one.isinf(), peer.isinf())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("log_target", [False, True])
+def test_distillation(dtype: torch.dtype, shape: tuple[int, int], log_target: bool) -> None:
+    for ts, tt, reduction in ((2.0, 2.0, "batchmean"), (1.0, 4.0, "mean"), (0.5, 1.0, "sum")):
+
+        def ours(s: Tensor, t: Tensor) -> Tensor:
+            return distillation_kl(s, t, -1, ts, tt, ts * tt, reduction, log_target)  # noqa: B023
+
+        def eager(s: Tensor, t: Tensor) -> Tensor:
+            return eager_distillation(s, t, ts, tt, reduction, log_target)  # noqa: B023
+
+        both, alone = [], []
+        for _ in range(64 if shape[0] * shape[1] < 10**5 else 24):
+            s, t = torch.randn(2, *shape, device="cuda").mul(2).to(dtype)
+            assert DISTILLATION.road(s, t, -1, ts, tt, ts * tt, reduction, log_target).name == "kernel"
+            exact = with_grads(eager, s.double(), t.double())
+            both.append((with_grads(ours, s, t), with_grads(eager, s, t), exact))
+            # The student's gradient alone takes another road through the kernels, and no gradient a third.
+            alone.append((
+                [ours(s, t), *with_grads(lambda s: ours(s, t), s)],  # noqa: B023
+                [eager(s, t), *with_grads(lambda s: eager(s, t), s)],  # noqa: B023
+                [exact[0], *exact[:2]],
+            ))
+        check(both)
+        check(alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("temperature", "size"), [(1e-2, 3.0), (1e3, 1e4), (1.0, 1e4)])
+def test_extreme_temperatures_and_logits(dtype: torch.dtype, temperature: float, size: float) -> None:
+    def eager(s: Tensor, t: Tensor) -> Tensor:
+        return eager_distillation(s, t, temperature, temperature, "mean", False)
+
+    draws = []
+    for shape in ((65, 512), (4, 32000)) * 4:
+        s, t = torch.randn(2, *shape, device="cuda").clamp(-1, 1).mul(size).to(dtype)
+        draws.append((
+            with_grads(lambda s: distillation_kl(s, t, -1, temperature, temperature, temperature**2), s),  # noqa: B023
+            with_grads(lambda s: eager(s, t), s),  # noqa: B023
+            with_grads(lambda s: eager(s, t.double()), s.double()),  # noqa: B023
+        ))
+    check(draws)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [10, 1000, 5003, 32000, 128256])
+@pytest.mark.parametrize("log_target", [False, True])
+def test_distillation_inf_and_nan_are_eagers(dtype: torch.dtype, vocab: int, log_target: bool) -> None:
+    s, t = torch.randn(2, 6, vocab, device="cuda").to(dtype)
+    s[0, vocab // 2], t[1, 0], s[2, -1], s[3, 1] = -INF, INF, NAN, INF
+    t[4], t[5, ::2] = -INF, -INF
+    for row in range(6):  # one row at a time: a loss of all would be NaN whatever the others are
+        pair = s[row : row + 1].clone(), t[row : row + 1].clone()
+        ours = with_grads(lambda s, t: distillation_kl(s, t, -1, 2.0, 2.0, 4.0, "sum", log_target), *pair)
+        eager = with_grads(lambda s, t: eager_distillation(s, t, 2.0, 2.0, "sum", log_target), *pair)
+        for one, peer in zip(ours, eager, strict=True):
+            assert torch.equal(one.isnan(), peer.isnan()) and torch.equal(one.isinf(), peer.isinf()), row
+
+
+LOSSES = {
+    "kl_div": lambda x, t: kl_div(x.log_softmax(-1), t.softmax(-1), "batchmean"),
+    "kl_div_none": lambda x, t: kl_div(x.log_softmax(-1), t.softmax(-1), "none"),
+    "distillation_kl": lambda x, t: distillation_kl(x, t, -1, 2.0, 2.0, 4.0, "batchmean"),
+}
+
+
+@pytest.fixture(params=LOSSES)
+def loss(request: pytest.FixtureRequest) -> Callable[[Tensor, Tensor], Tensor]:
+    return LOSSES[request.param]
+
+
+def logits(*shape: int) -> tuple[Tensor, Tensor]:
+    s, t = torch.randn(2, *shape, device="cuda")
+    return s.requires_grad_(), t.requires_grad_()
+
+
+def test_a_retained_graph_gives_the_same_gradient_again(loss: Callable[..., Tensor]) -> None:
+    pair = logits(9, 4096)
+    value = loss(*pair).sum()
+    first = [g.clone() for g in torch.autograd.grad(value, pair, torch.tensor(3.0, device="cuda"), retain_graph=True)]
+    second = torch.autograd.grad(value, pair, torch.tensor(3.0, device="cuda"), retain_graph=True)
+    third = torch.autograd.grad(value, pair)
+    for a, b, c in zip(first, second, third, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(a, 3 * c, rtol=1e-5, atol=1e-7)
+
+
+def test_incoming_gradients_of_any_kind() -> None:
+    x, t = torch.randn(8, 1000, device="cuda").log_softmax(-1), torch.rand(8, 1000, device="cuda")
+    leaf = x.clone().requires_grad_()
+    one, column, turned = (torch.rand(shape, device="cuda") for shape in ((), (8, 1), (1000, 8)))
+    for grad in (torch.rand_like(x), one.expand(8, 1000), column.expand(8, 1000), turned.t()):
+        (ours,) = torch.autograd.grad(kl_div(leaf, t, "none"), leaf, grad)
+        torch.testing.assert_close(ours, -(grad * t), rtol=1e-6, atol=0)
+    leaf = x.clone().requires_grad_()
+    (kl_div(leaf, t, "sum") * 2 + kl_div(leaf, t, "sum") * torch.tensor(0.5, device="cuda")).backward()
+    torch.testing.assert_close(leaf.grad, -2.5 * t, rtol=1e-6, atol=0)
+
+
+def test_backward_does_not_wait_for_the_device() -> None:
+    pair = logits(64, 4096)
+    LOSSES["distillation_kl"](*pair).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (LOSSES["distillation_kl"](*pair) * 3).backward()
+        (kl_div(pair[0], pair[1].exp(), "mean") * 3).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_second_derivatives(loss: Callable[..., Tensor]) -> None:
+    pair = logits(2, 30)
+
+    def second(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        grads = torch.autograd.grad(function(*pair).sum(), pair, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), pair)
+
+    name = next(k for k, v in LOSSES.items() if v is loss)
+    reduction = "none" if name.endswith("none") else "batchmean"
+    peer = (lambda s, t: eager_distillation(s, t, 2.0, 2.0, reduction, False)) if name.startswith("d") else (
+        lambda s, t: F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction=reduction))
+    for ours, theirs in zip(second(loss), second(peer), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_same_bits_on_every_run_on_any_stream_and_in_a_graph(loss: Callable[..., Tensor]) -> None:
+    pair = logits(70, 33000)
+
+    def run() -> list[Tensor]:
+        value = loss(*pair)
+        return [value.detach(), *torch.autograd.grad(value.sum(), pair)]
+
+    first = run()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        second = run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        third = run()
+    graph.replay()
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_misaligned_strided_and_empty_inputs(loss: Callable[..., Tensor]) -> None:
+    s, t = torch.randn(2, 12, 3000, device="cuda")
+    want = with_grads(loss, s, t)
+    flat = torch.empty(s.numel() + 3, device="cuda")
+    offset = flat[3:].view_as(s).copy_(s)
+    strided = torch.empty(3000, 12, device="cuda").t().copy_(s)
+    for other in (offset, strided):
+        for a, b in zip(with_grads(loss, other, t), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-8)
+    empty = torch.empty(0, 5, device="cuda", requires_grad=True)
+    peer = F.kl_div(empty, empty, reduction="mean")
+    ours = kl_div(empty, empty, "mean")
+    assert torch.equal(ours.isnan(), peer.isnan())
+    ours.backward()
+
+
+def test_autocast_gives_float32(loss: Callable[..., Tensor]) -> None:
+    s, t = torch.randn(2, 16, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert loss(s, t).dtype == torch.float32
+
+
+def test_under_torch_compile(loss: Callable[..., Tensor]) -> None:
+    pair = logits(16, 3001)
+    compiled = torch.compile(lambda s, t: loss(s * 1.5, t) * 2, backend="aot_eager", fullgraph=True)
+    value, peer = compiled(*pair), loss(pair[0] * 1.5, pair[1]) * 2
+    torch.testing.assert_close(value, peer)
+    for a, b in zip(torch.autograd.grad(value.sum(), pair), torch.autograd.grad(peer.sum(), pair), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-8)
+
+
+def test_memory_is_the_gradients_and_rows() -> None:
+    s, t = torch.randn(2, 512, 50257, device="cuda", dtype=torch.bfloat16)
+    s.requires_grad_()
+    LOSSES["distillation_kl"](s, t).backward()
+    s.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    LOSSES["distillation_kl"](s, t).backward()
+    assert torch.cuda.max_memory_allocated() - before <= s.nbytes + 4 * 2**20
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_second_device(loss: Callable[..., Tensor]) -> None:
+    s, t = torch.randn(2, 40, 32000)
+    want = with_grads(loss, s.cuda(0), t.cuda(0))
+    for a, b in zip(with_grads(loss, s.cuda(1), t.cuda(1)), want, strict=True):
+        assert a.device.index == 1 and torch.equal(a.cpu(), b.cpu())
+    assert torch.cuda.current_device() == 0
