@@ -8,6 +8,8 @@ Checks compare with float64 and with eager in the same dtype: norm-wise error at
 medians of CUDA events; the read ceiling is measured in the same run.
 """
 
+# Every lambda here runs before its loop goes on.
+# ruff: noqa: B023
 from __future__ import annotations
 
 import argparse
@@ -28,8 +30,8 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fxfuse.kernels.abi import DOUBLE, DTYPE_CODE, I64, INT, PTR, pointer, stream  # noqa: E402
-from fxfuse.kernels.loader import library  # noqa: E402
+from fxfuse.kernels.abi import DOUBLE, DTYPE_CODE, I64, INT, PTR, pointer, stream
+from fxfuse.kernels.loader import library
 
 DEVICE = "cuda"
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -58,17 +60,57 @@ def kl(x, t, *, reduction="batchmean", log_target=False, log_input=False, grad_i
     scratch = torch.empty(KL_SCRATCH, dtype=torch.float64, device=DEVICE)
     out = torch.empty_like(x) if reduction == "none" else torch.empty((), dtype=x.dtype, device=DEVICE)
     in_pass = reduction != "none"
-    kl_forward(pointer(x), pointer(t), pointer(out), pointer(gi) if in_pass else None, pointer(gt) if in_pass else None,
-               pointer(scratch), n, factor, int(in_pass), int(log_target), int(log_input), code, 0, s)
+    kl_forward(
+        pointer(x),
+        pointer(t),
+        pointer(out),
+        pointer(gi) if in_pass else None,
+        pointer(gt) if in_pass else None,
+        pointer(scratch),
+        n,
+        factor,
+        int(in_pass),
+        int(log_target),
+        int(log_input),
+        code,
+        0,
+        s,
+    )
     if not in_pass and (grad_input or grad_target):
         g = torch.ones((), dtype=x.dtype, device=DEVICE)
-        kl_backward(pointer(g), pointer(x), pointer(t), pointer(gi), pointer(gt), n, 1.0, 0, int(log_target),
-                    int(log_input), code, 0, s)
+        kl_backward(
+            pointer(g),
+            pointer(x),
+            pointer(t),
+            pointer(gi),
+            pointer(gt),
+            n,
+            1.0,
+            0,
+            int(log_target),
+            int(log_input),
+            code,
+            0,
+            s,
+        )
     return out, gi, gt
 
 
-def distillation(s, t, *, ts=1.0, tt=1.0, scale=1.0, factor=1.0, log_target=False, grad_s=False, grad_t=False, road=0,
-                 g=None, loss=True):
+def distillation(
+    s,
+    t,
+    *,
+    ts=1.0,
+    tt=1.0,
+    scale=1.0,
+    factor=1.0,
+    log_target=False,
+    grad_s=False,
+    grad_t=False,
+    road=0,
+    g=None,
+    loss=True,
+):
     rows, vocab = s.shape
     need = ctypes.c_int64()
     scratch_bytes(rows, ctypes.byref(need))
@@ -76,8 +118,26 @@ def distillation(s, t, *, ts=1.0, tt=1.0, scale=1.0, factor=1.0, log_target=Fals
     out = torch.empty((), dtype=s.dtype, device=DEVICE) if loss else None
     gs = torch.empty_like(s) if grad_s else None
     gt = torch.empty_like(s) if grad_t else None
-    distill(pointer(s), pointer(t), pointer(g), pointer(out), pointer(gs), pointer(gt), pointer(scratch), rows, vocab,
-            ts, tt, factor, scale, int(log_target), road, DTYPE_CODE[s.dtype], 0, stream(0))
+    distill(
+        pointer(s),
+        pointer(t),
+        pointer(g),
+        pointer(out),
+        pointer(gs),
+        pointer(gt),
+        pointer(scratch),
+        rows,
+        vocab,
+        ts,
+        tt,
+        factor,
+        scale,
+        int(log_target),
+        road,
+        DTYPE_CODE[s.dtype],
+        0,
+        stream(0),
+    )
     return out, gs, gt
 
 
@@ -106,9 +166,13 @@ class Checks:
 
     def compare(self, what: str, ours, eager, exact) -> None:
         self.count += 1
-        if not (ours.isnan() == eager.isnan()).all() or not (
-            ours.masked_fill(ours.isfinite() | ours.isnan(), 0) == eager.masked_fill(eager.isfinite() | eager.isnan(), 0)
-        ).all():
+        if (
+            not (ours.isnan() == eager.isnan()).all()
+            or not (
+                ours.masked_fill(ours.isfinite() | ours.isnan(), 0)
+                == eager.masked_fill(eager.isfinite() | eager.isnan(), 0)
+            ).all()
+        ):
             bad = ((ours.isnan() != eager.isnan()) | (ours.isinf() != eager.isinf())).sum().item()
             self.failures.append(f"{what}: inf or NaN differ at {bad} of {ours.numel()}")
             return
@@ -127,8 +191,9 @@ class Checks:
         ratio = error / max(peer, floor)
         self.worst = max(self.worst, ratio)
         if not ratio <= 1.25:
-            self.failures.append(f"{what}: error {error / (norm + 1e-300):.3g}, eager {peer / (norm + 1e-300):.3g}, "
-                                 f"ratio {ratio:.3g}")
+            self.failures.append(
+                f"{what}: error {error / (norm + 1e-300):.3g}, eager {peer / (norm + 1e-300):.3g}, ratio {ratio:.3g}"
+            )
 
     def report(self, title: str) -> None:
         print(f"{title}: {self.count} comparisons, {len(self.failures)} failed, worst ratio {self.worst:.3f}")
@@ -207,10 +272,30 @@ def check_distillation(checks: Checks, shapes, roads=(0,), kinds=("plain",)) -> 
             for _ in range(2):
                 poisoned(rows, vocab, dtype=dtype)
             try:
-                ours = distillation(s, t, ts=ts, tt=tt, scale=ts * tt, factor=1 / rows, log_target=lt, road=road,
-                                    grad_s=grads[0], grad_t=grads[1])
-                again = distillation(s, t, ts=ts, tt=tt, scale=ts * tt, factor=1 / rows, log_target=lt, road=road,
-                                     grad_s=grads[0], grad_t=grads[1])
+                ours = distillation(
+                    s,
+                    t,
+                    ts=ts,
+                    tt=tt,
+                    scale=ts * tt,
+                    factor=1 / rows,
+                    log_target=lt,
+                    road=road,
+                    grad_s=grads[0],
+                    grad_t=grads[1],
+                )
+                again = distillation(
+                    s,
+                    t,
+                    ts=ts,
+                    tt=tt,
+                    scale=ts * tt,
+                    factor=1 / rows,
+                    log_target=lt,
+                    road=road,
+                    grad_s=grads[0],
+                    grad_t=grads[1],
+                )
             except RuntimeError as error:
                 if "InvalidValue" in str(error):  # the road named does not take this shape
                     continue
@@ -265,15 +350,29 @@ def ceilings() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "read.cu"), Path(folder, "read.so")
         source.write_text(READ_KERNEL)
-        subprocess.run(["nvcc", "-O3", "-shared", "-Xcompiler=-fPIC", "-gencode=arch=compute_90a,code=sm_90a",
-                        "-cudart=static", "-o", str(target), str(source)], check=True)
+        subprocess.run(
+            [
+                "nvcc",
+                "-O3",
+                "-shared",
+                "-Xcompiler=-fPIC",
+                "-gencode=arch=compute_90a,code=sm_90a",
+                "-cudart=static",
+                "-o",
+                str(target),
+                str(source),
+            ],
+            check=True,
+        )
         read = ctypes.CDLL(str(target)).read_all
     read.argtypes = [PTR, I64, PTR, INT, PTR]
     data = torch.randint(0, 1 << 30, (1 << 29,), dtype=torch.int32, device=DEVICE)
     out = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    best = min(median_ms(lambda b=b: read(pointer(data), data.nbytes, pointer(out), b, stream(0)))
-               for b in (sms * 2, sms * 3, sms * 4, sms * 16))
+    best = min(
+        median_ms(lambda b=b: read(pointer(data), data.nbytes, pointer(out), b, stream(0)))
+        for b in (sms * 2, sms * 3, sms * 4, sms * 16)
+    )
     other = torch.empty_like(data)
     copy = median_ms(lambda: other.copy_(data))
     return {"read": data.nbytes / best / 1e9, "copy": 2 * data.nbytes / copy / 1e9}
@@ -299,38 +398,75 @@ def times(rows: list[list[Any]], ceiling: dict[str, float], compare: bool) -> No
         lp, name, size = p.log(), NAMES[dtype], p.nbytes
         eager = median_ms(lambda: eager_kl(p, q, "batchmean", False, True), 10) if compare else None
         comp = median_ms(lambda: compile_kl(p, q, "batchmean", False, True), 20) if compare else None
-        line(f"kl_div(log p) {name} fwd", median_ms(lambda: kl(p, q, log_input=True)), 2 * size, "read", bars[0], eager, comp)
+        line(
+            f"kl_div(log p) {name} fwd",
+            median_ms(lambda: kl(p, q, log_input=True)),
+            2 * size,
+            "read",
+            bars[0],
+            eager,
+            comp,
+        )
         eager = comp = None
         if compare:
             leaf = p.clone().requires_grad_()
             eager = median_ms(lambda: fwd_bwd(lambda: eager_kl(leaf, q, "batchmean", False, True), leaf), 10)
             comp = median_ms(lambda: fwd_bwd(lambda: compile_kl(leaf, q, "batchmean", False, True), leaf), 20)
-            del leaf
-        line(f"kl_div(log p) {name} fwd+grad", median_ms(lambda: kl(p, q, log_input=True, grad_input=True)), 3 * size,
-             "copy", bars[1], eager, comp)
+        line(
+            f"kl_div(log p) {name} fwd+grad",
+            median_ms(lambda: kl(p, q, log_input=True, grad_input=True)),
+            3 * size,
+            "copy",
+            bars[1],
+            eager,
+            comp,
+        )
         line(f"kl_div {name} fwd", median_ms(lambda: kl(lp, q)), 2 * size, "read")
         line(f"kl_div {name} fwd+grad", median_ms(lambda: kl(lp, q, grad_input=True)), 3 * size, "copy")
         if dtype != torch.float16:
-            line(f"kl_div {name} fwd+both grads", median_ms(lambda: kl(lp, q, grad_input=True, grad_target=True)),
-                 4 * size, "copy")
+            line(
+                f"kl_div {name} fwd+both grads",
+                median_ms(lambda: kl(lp, q, grad_input=True, grad_target=True)),
+                4 * size,
+                "copy",
+            )
             line(f"kl_div {name} none", median_ms(lambda: kl(lp, q, reduction="none")), 3 * size, "copy")
             z = q * (torch.rand(n, n, device=DEVICE) > 0.5)
-            line(f"kl_div(log p) {name} fwd, half the targets 0", median_ms(lambda z=z: kl(p, z, log_input=True)),
-                 2 * size, "read")
+            line(
+                f"kl_div(log p) {name} fwd, half the targets 0",
+                median_ms(lambda z=z: kl(p, z, log_input=True)),
+                2 * size,
+                "read",
+            )
             lz = z.log()
             line(f"kl_div {name} log_target fwd", median_ms(lambda: kl(lp, lz, log_target=True)), 2 * size, "read")
             x = offset_copy(lp, 1)
             line(f"kl_div {name} misaligned fwd", median_ms(lambda x=x: kl(x, q)), 2 * size, "read")
-            del z, lz, x
         one, two = (torch.full((), v, dtype=dtype, device=DEVICE) for v in (1.0, 2.0))
         for label, g, moved in (("1", one, 1), ("2", two, 2 * size)):
-            line(f"scale_unless_one {name} g={label}", median_ms(
-                lambda g=g: scale_unless_one(pointer(g), pointer(lp), lp.numel(), None, 0, DTYPE_CODE[dtype], 0, stream(0))),
-                moved, "copy")
-        del p, q, lp
+            line(
+                f"scale_unless_one {name} g={label}",
+                median_ms(
+                    lambda g=g: scale_unless_one(
+                        pointer(g), pointer(lp), lp.numel(), None, 0, DTYPE_CODE[dtype], 0, stream(0)
+                    )
+                ),
+                moved,
+                "copy",
+            )
     bars = {(torch.float32, 0): 1.1, (torch.float32, 1): 1.7, (torch.bfloat16, 0): 0.6, (torch.bfloat16, 1): 0.95}
-    shapes = [(4096, 128256), (65536, 512), (8, 1_000_000), (1, 128256), (4096, 50257), (16384, 4096), (8192, 32000),
-              (65536, 1000), (2048, 151936), (65536, 10)]
+    shapes = [
+        (4096, 128256),
+        (65536, 512),
+        (8, 1_000_000),
+        (1, 128256),
+        (4096, 50257),
+        (16384, 4096),
+        (8192, 32000),
+        (65536, 1000),
+        (2048, 151936),
+        (65536, 10),
+    ]
     for (r, v), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
         s, t = (torch.randn(r, v, device=DEVICE, dtype=dtype) for _ in range(2))
         main = (r, v) == (4096, 128256)
@@ -339,23 +475,32 @@ def times(rows: list[list[Any]], ceiling: dict[str, float], compare: bool) -> No
             eager = comp = None
             if compare:
                 leaf = s.clone().requires_grad_(bool(grad))
-                run = [lambda f=f: f(leaf, t, 2.0, 2.0, 4.0, "batchmean", False) for f in (eager_distillation, compile_)]
+                run = [
+                    lambda f=f: f(leaf, t, 2.0, 2.0, 4.0, "batchmean", False) for f in (eager_distillation, compile_)
+                ]
                 if grad:
                     run = [lambda f=f: fwd_bwd(f, leaf) for f in run]
                 eager = median_ms(run[0], 8, 2)
                 comp = median_ms(run[1], 15) if compared else None
-                del leaf
             for road in (0, 2, 3):
-                def call(road=road, grad=grad):
+
+                def call(s=s, t=t, r=r, road=road, grad=grad):
                     return distillation(s, t, ts=2.0, tt=2.0, scale=4.0, factor=1 / r, grad_s=grad, road=road)
+
                 try:
                     call()
                 except RuntimeError:
                     continue
-                line(f"distill {NAMES[dtype]} {r}x{v} {'fwd+grad' if grad else 'fwd'} road {road}", median_ms(call),
-                     (2 + grad) * s.nbytes, "copy" if grad else "read", bars.get((dtype, grad)) if main else None, eager, comp)
+                line(
+                    f"distill {NAMES[dtype]} {r}x{v} {'fwd+grad' if grad else 'fwd'} road {road}",
+                    median_ms(call),
+                    (2 + grad) * s.nbytes,
+                    "copy" if grad else "read",
+                    bars.get((dtype, grad)) if main else None,
+                    eager,
+                    comp,
+                )
                 eager = comp = None
-        del s, t
 
 
 def call_overhead() -> dict[str, float]:
@@ -379,7 +524,22 @@ def call_overhead() -> dict[str, float]:
             torch.cuda.synchronize()
         return best
 
-    args = (pointer(x), pointer(x), pointer(out), None, None, pointer(scratch), x.numel(), 1.0, 1, 1, 0, 0, 0, stream(0))
+    args = (
+        pointer(x),
+        pointer(x),
+        pointer(out),
+        None,
+        None,
+        pointer(scratch),
+        x.numel(),
+        1.0,
+        1,
+        1,
+        0,
+        0,
+        0,
+        stream(0),
+    )
     address = ctypes.addressof(cc)
     return {
         "ctypes call that launches nothing": per_call(lambda: code(address, 0)),
@@ -453,8 +613,12 @@ def main() -> None:
         checks.report("kl_div")
         failed |= bool(checks.failures)
         checks = Checks()
-        check_distillation(checks, [(3, 10), (65, 512), (17, 1000), (33, 1024), (9, 5003), (6, 32000), (5, 50257)],
-                           roads=(0, 2, 3), kinds=("plain", "offset", "temperatures", "cold", "large", "masked", "special"))
+        check_distillation(
+            checks,
+            [(3, 10), (65, 512), (17, 1000), (33, 1024), (9, 5003), (6, 32000), (5, 50257)],
+            roads=(0, 2, 3),
+            kinds=("plain", "offset", "temperatures", "cold", "large", "masked", "special"),
+        )
         check_distillation(checks, [(300, 4096), (5, 128256), (3, 200003), (2, 1_000_000)], roads=(0, 3))
         checks.report("distillation_kl")
         failed |= bool(checks.failures)
@@ -472,8 +636,9 @@ def main() -> None:
         print(tabulate(overhead.items(), ["host time of a call", "us"], floatfmt=".2f"))
         if options.out:
             machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-            Path(options.out).write_text(json.dumps(
-                {"machine": machine, "ceilings": ceiling, "overhead_us": overhead, "rows": rows}, indent=1))
+            Path(options.out).write_text(
+                json.dumps({"machine": machine, "ceilings": ceiling, "overhead_us": overhead, "rows": rows}, indent=1)
+            )
     sys.exit(1 if failed else 0)
 
 

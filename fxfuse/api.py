@@ -76,7 +76,7 @@ def optimize(
         raise TypeError(f"optimize takes an nn.Module, a function or an ExportedProgram, not {given}")
     else:
         make = _optimize_function
-    if verify:
+    if verify and example is not None:
         from fxfuse.verify import verified
 
         return verified(make, model, example, chosen, freeze)

@@ -68,7 +68,8 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **settings}
-    return compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    return compiled
 
 
 def pre_grad_pass(graph: fx.Graph) -> None:

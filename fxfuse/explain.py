@@ -34,6 +34,7 @@ class Entry:
         replacement: as in the report.
         words: the pattern's sentences (why, fuses, algebra, left).
         road: the road the op takes on this machine and why, as "name: why"; "" where the op has none.
+        road_with_gradients: the same where gradients are wanted.
         estimate: cost before and after on this device, or None.
         unknown: why there is no estimate.
     """
@@ -41,6 +42,7 @@ class Entry:
     replacement: Replacement
     words: Words
     road: str
+    road_with_gradients: str
     estimate: Estimate | None
     unknown: str = ""
 
@@ -91,31 +93,32 @@ def _chosen(fused: Any) -> dict[str, Pattern]:
 
 def _entry(replacement: Replacement, pattern: Pattern | None) -> Entry:
     words = pattern.words if pattern is not None else Words()
+    roads = _road(replacement, gradients=False), _road(replacement, gradients=True)
     try:
         found = estimate(replacement, pattern.cost if pattern is not None else None)
     except Unknown as reason:
-        return Entry(replacement, words, _road(replacement), None, str(reason))
-    return Entry(replacement, words, _road(replacement), found)
+        return Entry(replacement, words, *roads, None, str(reason))
+    return Entry(replacement, words, *roads, found)
 
 
 # --- the road --------------------------------------------------------------------------------------------------------
 
 
-def _road(replacement: Replacement) -> str:
+def _road(replacement: Replacement, gradients: bool) -> str:
     """The op's own word on these arguments, asked with tensors that hold no memory; "" where it cannot be asked."""
     if replacement.op not in ops.names() or UNKNOWN in replacement.call.values() or not replacement.call:
         return ""
     op = ops.get(replacement.op)
     given = dict(replacement.call)
     schema = [a.name for a in op.registered.arguments]
-    with FakeTensorMode() as mode:
+    with FakeTensorMode(), torch.set_grad_enabled(gradients):
         for name, value in replacement.call.items():
             module, dot, key = name.partition(".")
             if dot:  # a module's tensors and settings, as bn.weight
                 given.pop(name)
                 name = next((n for n in (f"{module}_{key}", key) if n in schema and n not in given), "")
             if name:
-                given[name] = _empty(value, mode) if isinstance(value, Tensor) else value
+                given[name] = _empty(value, gradients) if isinstance(value, Tensor) else value
         try:
             road = op.road(**{k: v for k, v in given.items() if k in schema})
         except Exception:  # a road that looks at memory decides when it is called
@@ -123,8 +126,10 @@ def _road(replacement: Replacement) -> str:
     return f"{road.name}: {road.why}"
 
 
-def _empty(tensor: Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device=tensor.device)
+def _empty(tensor: Tensor, gradients: bool) -> torch.Tensor:
+    dtype: torch.dtype = getattr(torch, tensor.dtype)
+    wanted = gradients and dtype.is_floating_point
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device, requires_grad=wanted)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -161,6 +166,8 @@ def _entry_text(number: int, group: list[Entry], told: int | None) -> str:
     else:
         lines.append(_labelled("Why", f"as in {told}"))
     lines.append(_labelled("Road", entry.road or _no_road(replacement)))
+    if entry.road_with_gradients != entry.road:
+        lines.append(_labelled("", f"with gradients, {entry.road_with_gradients}"))
     lines.append(_gain(entry))
     return "\n".join(lines)
 
@@ -207,8 +214,9 @@ def _gain(entry: Entry) -> str:
 
 def _verdict(entry: Entry, found: Estimate) -> str:
     """The expected gain in one sentence, held against the road that is really taken."""
-    speedup = f"{found.speedup:.1f}" if found.speedup < 10 else f"{found.speedup:.0f}"
-    times = f"{speedup}× in time and {_bytes(found.before.between - found.after.between)} of memory"
+    speedup = f"{found.speedup:.1f}×" if found.speedup < 10 else f"{found.speedup:.0f}×"
+    faster = f"{speedup} in time" if found.speedup >= 1.05 else "next to nothing in time"
+    times = f"{faster} and {_bytes(found.before.between - found.after.between)} of memory"
     if entry.road.startswith("composed"):
         return f"none on this road, which runs the same operations; a kernel could reach {times}."
     if entry.road.startswith("closed"):

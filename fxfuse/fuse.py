@@ -367,6 +367,8 @@ class Compiler:
 
     def graph_module(self, module: fx.GraphModule, path: str) -> None:
         """Fuse a graph that already is one (symbolic_trace, torch.export); graph in, graph out."""
+        if path == "" and self.example is not None and not any("val" in n.meta for n in module.graph.nodes):
+            _annotate_graph_module(module, self.example)
         done = fuse_graph(module.graph, module, self.patterns, self.report, path, last_word(self.choice, path))
         if done:
             if self.freeze:
@@ -375,3 +377,12 @@ class Compiler:
                 freeze_graph(module.graph)
             module.recompile()
         self._children(module, path)
+
+
+def _annotate_graph_module(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    """Shapes for a graph whose arguments are all tensors or floats; others may stand anywhere in it."""
+    from fxfuse.examples import annotate, kinds_of
+
+    signature = forward_signature(type(module))
+    if not signature.variadic and all(isinstance(kind, str) for kind in kinds_of(signature, example)):
+        annotate(Captured(module.graph, module), signature, example)

@@ -14,6 +14,7 @@ __all__ = ["Box", "Layout", "arrange"]
 
 _GAP_X, _GAP_Y, _DUMMY = 26.0, 28.0, 8.0
 _SWEEPS = 8
+_STIFF = 20.0  # how much more a long edge's points weigh than a box
 
 
 @dataclass
@@ -110,7 +111,9 @@ def _place(
     for sweep in range(2 * _SWEEPS):
         near = above if sweep % 2 == 0 else below
         for layer in layers if sweep % 2 == 0 else reversed(layers):
-            _pull(layer, boxes, {n: _mean([boxes[m].x for m in near[n]], boxes[n].x) for n in layer})
+            wanted = {n: _mean([boxes[m].x for m in near[n]], boxes[n].x) for n in layer}
+            # a line that only passes through is to be straight; boxes give way to it
+            _pull(layer, boxes, wanted, {n: _STIFF if _passes(n, near) else 1.0 for n in layer})
     y = 0.0
     for layer in layers:
         height = max(boxes[name].height for name in layer)
@@ -119,7 +122,12 @@ def _place(
         y += height + _GAP_Y
 
 
-def _pull(layer: list[str], boxes: dict[str, Box], wanted: dict[str, float]) -> None:
+def _passes(name: str, near: dict[str, list[str]]) -> bool:
+    """Whether this is a point of a long edge, next to another one."""
+    return name[0] == "\0" and all(other[0] == "\0" for other in near[name])
+
+
+def _pull(layer: list[str], boxes: dict[str, Box], wanted: dict[str, float], weight: dict[str, float]) -> None:
     """Put nodes where they want to be, in their order and without overlap: groups that touch share the mean."""
     groups: list[tuple[list[str], float]] = []  # (names, where the first one's centre is)
     for name in layer:
@@ -134,7 +142,8 @@ def _pull(layer: list[str], boxes: dict[str, Box], wanted: dict[str, float]) -> 
             offsets = [0.0]
             for a, b in pairwise(names):
                 offsets.append(offsets[-1] + _step(boxes, a, b))
-            start = sum(wanted[n] - o for n, o in zip(names, offsets, strict=True)) / len(names)
+            pull = sum(weight[n] * (wanted[n] - o) for n, o in zip(names, offsets, strict=True))
+            start = pull / sum(weight[n] for n in names)
             name = names[0]
         groups.append((names, start))
     for names, start in groups:

@@ -210,9 +210,9 @@ def replace(graph: fx.Graph, match: Match, pattern: Pattern) -> fx.Node:
     while written is not match.root:  # later matches ask where these stand
         view.order[written] = view.order[match.root]
         written = written.next
-    view.replaced[match.root] = new
     for user, name in view.later_users(match.root):
         user.replace_input_with(name, new)
+    view.renamed(match.root, new)
     for node in sorted(set(match.nodes), key=lambda n: view.order[n], reverse=True):
         if not node.users:
             graph.erase_node(node)

@@ -53,9 +53,11 @@ def run(model: Callable[..., Any], example: Example, training: bool | None, doub
         leaves.append((copied.double() if double else copied).requires_grad_())
         return leaves[-1].view_as(leaves[-1])  # not a leaf: the model may work on it in place
 
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = _gpus(model, example)
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), _in_double(double):
-        torch.manual_seed(_SEED)
+        torch.random.default_generator.manual_seed(_SEED)
+        for index in devices:  # torch.manual_seed would seed the other GPUs, too
+            torch.cuda.default_generators[index].manual_seed(_SEED)
         if isinstance(model, nn.Module) and training is not None:
             model.train(training)
         args, kwargs = pytree.tree_map(fresh, example)
@@ -66,6 +68,14 @@ def run(model: Callable[..., Any], example: Example, training: bool | None, doub
     if isinstance(model, nn.Module):
         values.update({f"buffer {name}": buffer for name, buffer in model.named_buffers()})
     return Seen({k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+
+def _gpus(model: Any, example: Example) -> list[int]:
+    """The GPUs a run may draw random numbers on."""
+    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, torch.Tensor)]
+    if isinstance(model, nn.Module):
+        tensors += [*model.parameters(), *model.buffers()]
+    return sorted({t.device.index for t in tensors if t.device.type == "cuda"})
 
 
 def _named(name: str, output: Any) -> Iterator[tuple[str, Any]]:

@@ -87,7 +87,7 @@ class View:
         self.mutations: list[tuple[fx.Node, fx.Node]] = []  # (mutating node, mutated node as the graph names it)
         self._mutating: set[fx.Node] = set()
         self.mode_changes: list[fx.Node] = []
-        self.replaced: dict[fx.Node, fx.Node] = {}  # kept by rewrite.replace: what holds an erased node's value
+        self.replaced: dict[fx.Node, fx.Node] = {}  # what holds an erased node's value
         self._modules: dict[str, nn.Module | None] = {}
         for position, node in enumerate(graph.nodes):
             self.order[node] = position
@@ -199,6 +199,14 @@ class View:
         upto = names[: names.index(node) + 1]
         return [(user, name) for name in upto for user in name.users if self.order[user] > here]
 
+    def renamed(self, node: fx.Node, new: fx.Node) -> None:
+        """``new`` stands in the place of ``node`` from now on."""
+        self.replaced[node] = new
+        names = self._versions.get(node)
+        if names is not None:
+            names[names.index(node)] = new
+            self._versions[new] = names
+
     def first_readers(self, node: fx.Node, count: int) -> list[fx.Node]:
         """Up to ``count`` of the nodes that read this node's value: what asks does not pay for thousands of them."""
         if node not in self._versions:
@@ -245,7 +253,7 @@ class View:
             kin = vocabulary.module_kin(module) if known_module is None and module is not None else None
             if known_module is not None:
                 self.operations[node] = known_module[0].name
-            elif kin is not None:
+            elif kin is not None and module is not None:
                 self.operations[node] = kin[0].name
                 self._calls[node] = f"'{node.target}' {why_called_only(module) or kin[1]}"
             if getattr(module, "inplace", False) is True:
@@ -308,7 +316,7 @@ class View:
                 if name is None and item.op == "call_method" and item.target not in _ALIASING_METHODS:
                     fresh = not in_place
                 if not fresh:
-                    todo += [a for a in item.all_input_nodes]
+                    todo += item.all_input_nodes
         return seen
 
     def _read(self, node: fx.Node) -> Call | str:
@@ -381,7 +389,7 @@ def _asked_in_place(node: fx.Node) -> bool:
     return given is not False
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _inplace_position(function: Any) -> int | None:
     names = list(inspect.signature(function).parameters)
     return names.index("inplace") if "inplace" in names else None

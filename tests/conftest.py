@@ -1,7 +1,7 @@
 """The one harness of the test suite: a table of cases, every door into the compiler, float64 as the judge.
 
-A :class:`Case` says what to build, what to feed it, how many matches of which pattern there are and what is left in the
-graph. :func:`check` takes it through one door and compares outputs, gradients of every input and parameter, buffers after
+A :class:`Case` says what to build and feed, how many matches of which pattern there are and what is left in the graph.
+:func:`check` takes it through one door and compares outputs, gradients of every input and parameter, buffers after
 several steps, and what became of the arguments, with the original in float64::
 
     CASES = [Case("functional", kl_div_sum, (logprobs(4, 5), probs(4, 5)), {"kl_div": 1})]
@@ -10,7 +10,8 @@ several steps, and what became of the arguments, with the original in float64::
     def test_kl_div(case, door):
         check(case, door)
 
-A near miss names the reason it must be refused with (``refused=("kl_div", "the reason")``), and still has to compute the same.
+A near miss names the reason it must be refused with (``refused=("kl_div", "the reason")``), and still has to compute
+the same.
 """
 
 from __future__ import annotations
@@ -361,6 +362,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """One loud line about the tests that need a GPU."""
     skipped = [r for r in terminalreporter.stats.get("skipped", ()) if "cuda" in r.keywords]
     if skipped:
-        line = f"{len(skipped)} CUDA TESTS WERE NOT RUN: {why_no_cuda() or 'skipped'}. `make cuda-test` runs them on a GPU."
+        why = why_no_cuda() or "skipped"
+        line = f"{len(skipped)} CUDA TESTS WERE NOT RUN: {why}. `make cuda-test` runs them on a GPU."
         terminalreporter.section("CUDA", yellow=True, bold=True)
         terminalreporter.line(line, yellow=True, bold=True)

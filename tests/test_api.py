@@ -99,8 +99,8 @@ def double_of(a, b):
 
 
 class TanhMul(nn.Module):
-    def forward(self, x):
-        return torch.tanh(x) * (x if self.training else 2.0)
+    def forward(self, x, twice=False):
+        return torch.tanh(x) * (x if self.training else 2.0) + int(twice)
 
 
 def test_patterns_by_object_serve_later_graphs_too():
@@ -111,6 +111,7 @@ def test_patterns_by_object_serve_later_graphs_too():
     fused = fxfuse.optimize(TanhMul(), patterns=[mine])
     assert patterns_in(fused) == ["tanh_times"]
     assert ran_fused(fused, X) == [""] and ran_fused(fused.eval(), X) == [""]
+    assert ran_fused(fused, X, twice=True) == [""]
     fxfuse.register(mine)
     try:
         assert patterns_in(fxfuse.optimize(TanhMul())) == ["tanh_times"]

@@ -250,6 +250,17 @@ def test_flags_one_after_the_other_on_the_same_module():
         assert_same(fused(X, times=n), model(X, times=n))
 
 
+def test_true_and_one_are_different_calls():
+    def forward(self, x, times=1):
+        return F.relu(self.block.fc(x)) * (10 if isinstance(times, bool) else times)
+
+    model = module(forward)
+    fused = fxfuse.optimize(model)
+    for times in (1, True, 1, 0, False):
+        assert_same(fused(X, times), model(X, times))
+        assert ran_fused(fused, X, times) == [""]
+
+
 def test_wrong_call_raises_what_the_original_raises():
     fused = fxfuse.optimize(Optional())
     for args, kwargs in (((), {}), ((X,), {"nope": 1}), ((X, None, 1.0), {}), ((X,), {"x": X})):

@@ -63,38 +63,27 @@ def test_only_what_matches_is_replaced_and_nothing_else_is_touched() -> None:
 
 def test_matches_that_feed_one_another_are_all_replaced() -> None:
     def function(a: Tensor) -> Tensor:
-        for _ in range(4):
-            a = F.relu(torch.log(a + 3))
+        for _ in range(3):
+            a = F.relu(torch.log(a))
         return a
 
     traced, found = rewritten(function, LOG_RELU)
-    assert len(found.matches) == 4 and targets(traced) == ["add", "log_relu"] * 4
-    value = torch.rand(5)
+    assert len(found.matches) == 3 and targets(traced) == ["log_relu"] * 3
+    value = torch.rand(5) * 1e30
     torch.testing.assert_close(traced(value), function(value))
 
 
 def test_in_place_matches_that_feed_one_another_are_all_replaced() -> None:
     def function(a: Tensor) -> Tensor:
+        a = a * 1
         for _ in range(3):
-            a = a + 3
             a.log_()
             F.relu(a, inplace=True)
         return a
 
     traced, found = rewritten(function, LOG_RELU)
-    assert len(found.matches) == 3 and targets(traced) == ["add", "log_relu"] * 3
-    value = torch.rand(5)
-    torch.testing.assert_close(traced(value), function(value))
-
-
-def test_every_reader_gets_the_new_value() -> None:
-    def function(a: Tensor) -> Any:
-        r = F.relu(torch.log(a))
-        return r, {"twice": [r * r, r]}
-
-    traced, _ = rewritten(function, LOG_RELU)
-    assert targets(traced) == ["log_relu", "mul"]
-    value = torch.rand(5)
+    assert len(found.matches) == 3 and targets(traced) == ["mul"] + ["log_relu"] * 3
+    value = torch.rand(5) * 1e30
     torch.testing.assert_close(traced(value), function(value))
 
 
@@ -286,7 +275,7 @@ def test_patterns_can_be_turned_off(off: str, left: set[str], monkeypatch: pytes
 def test_patterns_can_be_chosen() -> None:
     chosen = fxfuse.report(fxfuse.optimize(Three(), patterns=["linear_activation_scale"])).replacements
     assert {r.pattern for r in chosen} == {"linear_activation_scale"}
-    with pytest.raises(ValueError, match="no pattern is named 'linear'; there are: .*kl_div"):
+    with pytest.raises(ValueError, match=r"no pattern is named 'linear'; there are: .*kl_div"):
         select(["linear"])
-    with pytest.raises(TypeError, match="patterns are names or fxfuse.Pattern objects, not int"):
+    with pytest.raises(TypeError, match=r"patterns are names or fxfuse\.Pattern objects, not int"):
         select([3])

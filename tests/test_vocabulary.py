@@ -1,4 +1,4 @@
-"""Every spelling in the vocabulary computes what its canonical operation says, whatever order its parameters come in."""
+"""Every spelling in the vocabulary computes what its operation says, in whatever order its parameters come."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def spellings() -> list[Any]:
 
 def arguments(spelling: Spelling, kind: str) -> list[Any]:
     """Positional arguments that say the canonical values, as this spelling takes them."""
-    name, values = spelling.operation.name, dict(MEANINGS[spelling.operation.name][1])
+    values = MEANINGS[spelling.operation.name][1]
     given = []
     for theirs, ours in zip(spelling.theirs, spelling.ours, strict=True):
         if theirs in ("axis", "keepdims"):
@@ -124,7 +124,7 @@ def arguments(spelling: Spelling, kind: str) -> list[Any]:
 
 @pytest.mark.parametrize(("kind", "target", "spelling"), spellings())
 def test_a_spelling_means_its_operation(kind: str, target: Any, spelling: Spelling) -> None:
-    """Positional arguments bind to canonical values that give the same result; in-place spellings really work in place."""
+    """What a call binds to gives the same result canonically; in-place spellings really work in place."""
     name = spelling.operation.name
     meaning, _ = MEANINGS[name]
     given = arguments(spelling, kind)

@@ -90,7 +90,7 @@ def _positive(kind: type) -> Callable[[str], Any]:
 def pick_device(name: str | None) -> torch.device:
     """The device asked for, or the GPU where there is one; ValueError when it can't be used."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -99,6 +99,8 @@ def pick_device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name}: torch {torch.__version__} sees no CUDA device (fxfuse doctor says more)")
     if device.type not in DEFAULT_ROUNDS:
         raise ValueError(f"--device {name}: only cuda and cpu are measured")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

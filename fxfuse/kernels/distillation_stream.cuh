@@ -137,17 +137,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_rows_kernel(DistillArgs
     if (row < a.rows) {
       const int64_t last = deal.block_of((row + 1) * deal.per_row - 1);
       RowState state;
-      for (int64_t block = deal.block_of(row * deal.per_row) + lane; block <= last; block += kWarp) {
-        const RowState piece = a.pieces[row + block];
-        state.move_maxima<T>(fmaxf(state.mt, piece.mt), fmaxf(state.ms, piece.ms), a.scales);
-        RowState moved = piece;
-        moved.move_maxima<T>(state.mt, state.ms, a.scales);
-        state.zt += moved.zt;
-        state.zs += moved.zs;
-        state.d += moved.d;
-        state.lt = fminf(state.lt, piece.lt);
-        state.ls = fminf(state.ls, piece.ls);
-      }
+      for (int64_t block = deal.block_of(row * deal.per_row) + lane; block <= last; block += kWarp)
+        state.join<T>(a.pieces[row + block], a.scales);
       state.join_lanes<T>(a.scales, minima);
       plain = state.plain<T>(a.scales);
       if (plain && a.partial != nullptr) losses.push(state);

@@ -59,7 +59,8 @@ def _functions() -> _Functions:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Tensor:
-    """The op in one kernel: out [..., N] for x [..., K], weight [N, K], bias [N], where ``gemm.why_not_product`` is None."""
+    """The op in one kernel: out [..., N] for x [..., K], weight [N, K], bias [N]; asks ``gemm.why_not_product``
+    to be None."""
     a, b = gemm.rows(x), gemm.rows(weight)
     assert a is not None and b is not None
     out = torch.empty(*x.shape[:-1], weight.size(0), dtype=x.dtype, device=x.device)
@@ -84,8 +85,8 @@ def apply(z: Tensor, act: Act, out: Tensor) -> Tensor:
 
 
 def from_output(act: Act) -> bool:
-    """Whether the derivative can be had from the op's output, so that z need not be kept. Not where the factor behind the
-    activation could push outputs out of a 16-bit type's range."""
+    """Whether the derivative can be had from the op's output, so that z need not be kept. Not where the factor behind
+    the activation could push outputs out of a 16-bit type's range."""
     if not 1e-3 <= abs(act.scale) <= 1e3:
         return False
     return act.activation in ("relu", "sigmoid", "tanh") or (act.activation == "leaky_relu" and act.alpha >= 0)

@@ -99,7 +99,8 @@ def eval_product(x: Tensor, weight: Tensor, c: Columns, mean: Tensor, var: Tenso
     device = x.device.index
     _functions().eval(
         x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.size(0), weight.size(0), weight.size(1), a[1], b[1],
-        *c.arguments(), *_vector(mean), *_vector(var), DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], device, stream(device),
+        *c.arguments(), *_vector(mean), *_vector(var), DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype],
+        device, stream(device),
     )  # fmt: skip
     return out
 
@@ -143,8 +144,8 @@ def train(
     momentum: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """A training step in one kernel: (out [M, N], acc or None, saved [2, N]), where ``gemm.why_not_product`` is None and
-    M is at most 1024. ``keep``: whether the bare product acc is wanted for the backward pass."""
+    """A training step in one kernel: (out [M, N], acc or None, saved [2, N]), where ``gemm.why_not_product`` is None
+    and M is at most 1024. ``keep``: whether the bare product acc is wanted for the backward pass."""
     a, b = gemm.rows(x), gemm.rows(weight)
     assert a is not None and b is not None
     m, n, device = x.size(0), weight.size(0), x.device.index
@@ -173,7 +174,7 @@ def train_apply(
 ) -> Tensor:
     """Normalises acc [M, N] (without bias) into out, which may be acc; updates the running statistics in place.
 
-    Without partials the statistics are computed here. Returns saved [2, N] float32: mean of acc, rstd of the scaled one.
+    Without partials the statistics are computed here. Returns saved [2, N] float32: mean of acc, rstd of s times it.
     """
     rows, columns = acc.shape
     device, dtype = acc.device.index, DTYPE_CODE[acc.dtype]

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "kl_div_point.cuh"
+#include "packs.cuh"
 
 namespace fxfuse {
 
@@ -75,6 +76,7 @@ struct KeptPack<float> {
 struct RowState {
   float mt = kLowest, ms = kLowest;    // maxima
   float zt = 0, zs = 0, d = 0;
+  float zt_low = 0, zs_low = 0, d_low = 0;  // what float leaves of the joined sums: d / zt and the logarithms cancel
   float lt = -kLowest, ls = -kLowest;  // minima: where float16 overflows and where q vanishes
 
   template <typename T>
@@ -122,14 +124,51 @@ struct RowState {
   // Joins the states of LANES neighbouring lanes; every lane gets the result, by the same operations in the same order.
   template <typename T, int LANES = kWarp>
   __device__ __forceinline__ void join_lanes(Scales c, bool minima) {
-    move_maxima<T>(warp_reduce<LANES>(mt, MaxNumber{}), warp_reduce<LANES>(ms, MaxNumber{}), c);
-    zt = warp_sum<LANES>(zt);
-    zs = warp_sum<LANES>(zs);
-    d = warp_sum<LANES>(d);
+    const float new_mt = warp_reduce<LANES>(mt, MaxNumber{}), new_ms = warp_reduce<LANES>(ms, MaxNumber{});
+    if constexpr (sizeof(T) == 4) {
+      double sums[3];
+      moved<T>(new_mt, new_ms, c, sums);
+      set_sums(new_mt, new_ms, warp_sum<LANES>(sums[0]), warp_sum<LANES>(sums[1]), warp_sum<LANES>(sums[2]));
+    } else {
+      move_maxima<T>(new_mt, new_ms, c);
+      zt = warp_sum<LANES>(zt);
+      zs = warp_sum<LANES>(zs);
+      d = warp_sum<LANES>(d);
+    }
     if (minima) {
       lt = warp_reduce<LANES>(lt, MinNumber{});
       ls = warp_reduce<LANES>(ls, MinNumber{});
     }
+  }
+  // Takes in the state of another part of the row.
+  template <typename T>
+  __device__ __forceinline__ void join(const RowState& other, Scales c) {
+    const float new_mt = fmaxf(mt, other.mt), new_ms = fmaxf(ms, other.ms);
+    double mine[3], theirs[3];
+    moved<T>(new_mt, new_ms, c, mine);
+    other.moved<T>(new_mt, new_ms, c, theirs);
+    set_sums(new_mt, new_ms, mine[0] + theirs[0], mine[1] + theirs[1], mine[2] + theirs[2]);
+    lt = fminf(lt, other.lt);
+    ls = fminf(ls, other.ls);
+  }
+  // zt, zs, d under other maxima, in double.
+  template <typename T>
+  __device__ __forceinline__ void moved(float new_mt, float new_ms, Scales c, double (&sums)[3]) const {
+    const float du = c.t.shift<T>(mt, new_mt), dw = c.s.shift<T>(ms, new_ms);
+    const double ft = exp2_fast(du), wide_t = double(zt) + double(zt_low);
+    sums[0] = wide_t * ft;
+    sums[1] = (double(zs) + double(zs_low)) * double(exp2_fast(dw));
+    sums[2] = zt == 0.f ? double(d) : ft * (double(d) + double(d_low) + wide_t * double(du - dw));
+  }
+  __device__ __forceinline__ void set_sums(float new_mt, float new_ms, double sum_t, double sum_s, double sum_d) {
+    mt = new_mt;
+    ms = new_ms;
+    zt = float(sum_t);
+    zs = float(sum_s);
+    d = float(sum_d);
+    zt_low = float(sum_t - double(zt));
+    zs_low = float(sum_s - double(zs));
+    d_low = float(sum_d - double(d));
   }
   struct MaxNumber {  // passes over NaN
     __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
@@ -156,20 +195,19 @@ struct RowState {
 // rows the lanes work out one each.
 struct LossQueue {
   double sum = 0;
-  float zt = 0, zs, d;  // zt = 0: nothing noted
+  double zt = 0, zs, d;  // zt = 0: nothing noted
   int noted = 0;
 
   __device__ __forceinline__ void push(const RowState& row) {
     if (int(threadIdx.x) % kWarp == noted) {
-      zt = row.zt;
-      zs = row.zs;
-      d = row.d;
+      zt = double(row.zt) + double(row.zt_low);
+      zs = double(row.zs) + double(row.zs_low);
+      d = double(row.d) + double(row.d_low);
     }
     if (++noted == kWarp) flush();
   }
   __device__ __forceinline__ void flush() {
-    if (zt != 0.f)
-      sum += (double(d) / double(zt) - log2(double(zt)) + log2(double(zs))) * 0.6931471805599453094;
+    if (zt != 0) sum += (d / zt - log2(zt) + log2(zs)) * 0.6931471805599453094;
     zt = 0;
     noted = 0;
   }
@@ -179,74 +217,6 @@ struct LossQueue {
     return warp_sum(sum);
   }
 };
-
-// The larger (smaller) of two packs, place by place, and the largest (smallest) of one. Two elements an instruction in
-// half types. NaN is passed over: the sums show it.
-__device__ __forceinline__ float max_of(float a, float b) { return fmaxf(a, b); }
-__device__ __forceinline__ float min_of(float a, float b) { return fminf(a, b); }
-__device__ __forceinline__ __half2 max_of(__half2 a, __half2 b) { return __hmax2(a, b); }
-__device__ __forceinline__ __half2 min_of(__half2 a, __half2 b) { return __hmin2(a, b); }
-__device__ __forceinline__ __nv_bfloat162 max_of(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
-__device__ __forceinline__ __nv_bfloat162 min_of(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmin2(a, b); }
-__device__ __forceinline__ float largest(float a) { return a; }
-__device__ __forceinline__ float smallest(float a) { return a; }
-template <typename V>
-__device__ __forceinline__ float largest(V a) { return fmaxf(to_float(a.x), to_float(a.y)); }
-template <typename V>
-__device__ __forceinline__ float smallest(V a) { return fminf(to_float(a.x), to_float(a.y)); }
-
-template <typename T> struct Word { using type = float; };  // what fills 32 bits of a pack
-template <> struct Word<__half> { using type = __half2; };
-template <> struct Word<__nv_bfloat16> { using type = __nv_bfloat162; };
-
-// The largest (LARGEST) or smallest of the packs taken so far, place by place until it is asked for.
-template <typename T, bool LARGEST>
-struct PackExtreme {
-  using W = typename Word<T>::type;
-  W best[4];
-
-  __device__ __forceinline__ static W of(W a, W b) {
-    if constexpr (LARGEST) return max_of(a, b);
-    else return min_of(a, b);
-  }
-  __device__ __forceinline__ PackExtreme() {
-    Pack<T> none;
-#pragma unroll
-    for (int i = 0; i < Pack<T>::N; ++i) none.set(i, LARGEST ? -kInf : kInf);
-    take_first(none);
-  }
-  __device__ __forceinline__ explicit PackExtreme(const Pack<T>& first) { take_first(first); }
-  __device__ __forceinline__ void take(const Pack<T>& v) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) best[i] = of(best[i], reinterpret_cast<const W*>(&v.raw)[i]);
-  }
-  __device__ __forceinline__ float get() const {
-    const W w = of(of(best[0], best[1]), of(best[2], best[3]));
-    if constexpr (LARGEST) return largest(w);
-    else return smallest(w);
-  }
-
- private:
-  __device__ __forceinline__ void take_first(const Pack<T>& v) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) best[i] = reinterpret_cast<const W*>(&v.raw)[i];
-  }
-};
-
-template <typename T>
-__device__ __forceinline__ Pack<T> load_pack(const T* p, bool aligned) {
-  if (aligned) return ld_stream(p);
-  Pack<T> v;
-#pragma unroll
-  for (int i = 0; i < Pack<T>::N; ++i) v.at[i] = p[i];
-  return v;
-}
-template <typename T>
-__device__ __forceinline__ void store_pack(T* p, const Pack<T>& v, bool aligned) {
-  if (aligned) return st_stream(p, v);
-#pragma unroll
-  for (int i = 0; i < Pack<T>::N; ++i) p[i] = v.at[i];
-}
 
 // What the gradients of a row need, derived once from its state. g: the gradient that reaches each element's loss.
 //   grad_student = (p - q) g / Ts                     = es * a_s - et * b_s

@@ -531,6 +531,12 @@ def linear_scale_batchnorm1d_module(
     Mode, momentum (None is the cumulative average), track_running_stats and num_batches_tracked are nn.BatchNorm1d's.
     Raises ValueError, as `bn` does, when x is neither 2-D nor 3-D.
     """
+    tensors = (x, weight, bias, scale, divisor)
+    if any(issubclass(type(t), torch.fx.Proxy) for t in tensors):  # a symbolic trace keeps the call whole
+        traced: Tensor = handle_torch_function(
+            linear_scale_batchnorm1d_module, tensors, bn, x, weight, bias, scale, divisor, alpha
+        )
+        return traced
     bn._check_input_dim(x)
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:

@@ -1,5 +1,5 @@
-"""The kernels of linear_activation_scale and linear_scale_batchnorm1d against float64: products with their epilogues, and
-the memory passes, over awkward sizes, with poisoned outputs."""
+"""The kernels of linear_activation_scale and linear_scale_batchnorm1d against float64: products with their epilogues,
+and the memory passes, over awkward sizes, with poisoned outputs."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PRODUCTS = [(256, 512, 512), (1000, 520, 328), (77, 264, 40), (513, 1032, 8), (4
 MATRICES = [(2, 8), (5, 3), (64, 64), (257, 40), (1000, 333), (1024, 512), (1025, 512), (5000, 96), (70000, 8)]
 
 
-#: What TF32's rounding and a 16-bit result's may differ by from eager's, where eager happens to be luckier or, for small
-#: products, took another kernel.
+#: What TF32's rounding and a 16-bit result's may differ by from eager's, where eager happens to be luckier or, for
+#: small products, took another kernel.
 LEAST = {torch.float32: 5e-4, torch.float16: 1e-4, torch.bfloat16: 5e-4}
 
 

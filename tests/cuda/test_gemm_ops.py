@@ -68,7 +68,8 @@ class Block(nn.Module):
     def __init__(self, k, n):
         super().__init__()
         self.linear, self.bn = nn.Linear(k, n), nn.BatchNorm1d(n, momentum=0.2)
-        self.scale = nn.Parameter(torch.randn(n))
+        # Away from 0: a column whose variance is that of eps would decide the whole gradient's error.
+        self.scale = nn.Parameter(torch.randn(n).sign() * (torch.rand(n) + 0.5))
         nn.init.normal_(self.bn.weight)
         nn.init.normal_(self.bn.bias)
 
@@ -104,7 +105,7 @@ def test_batchnorm_over_steps(m, n, k, kind, monkeypatch):
                 out = model(inner)
             out.backward(grad.to(out.dtype))
             grads = {name: p.grad for name, p in model.named_parameters()}
-            results.append((out.detach(), inner.grad, grads, {name: b for name, b in model.named_buffers()}))
+            results.append((out.detach(), inner.grad, grads, dict(model.named_buffers())))
         want, base, got = results
         assert got[0].dtype == base[0].dtype
         assert error(got[0], want[0]) <= 1.25 * error(base[0], want[0]) + least
@@ -113,7 +114,7 @@ def test_batchnorm_over_steps(m, n, k, kind, monkeypatch):
             if name == "linear.bias" and training:
                 assert g.abs().max() == 0, "its gradient is zero: eager's is rounding noise"
                 continue
-            assert error(g, want[2][name]) <= 1.25 * error(base[2][name], want[2][name]) + least, (name, error(g, want[2][name]), error(base[2][name], want[2][name]), training)
+            assert error(g, want[2][name]) <= 1.25 * error(base[2][name], want[2][name]) + least, name
         for name, b in got[3].items():
             assert error(b, want[3][name]) <= 1.25 * error(base[3][name], want[3][name]) + least, name
 
