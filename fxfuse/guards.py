@@ -1,7 +1,7 @@
 """Conditions a match must meet, by name. A guard returns None, or the reason why it refuses.
 
-Shapes are often unknown when a graph is read. A guard that cannot know lets the op decide at call time, since an op means
-the same for every rank; it refuses only what is known to be wrong, or what could not be undone later.
+Shapes are often unknown when a graph is read. A guard that cannot know lets the op decide at call time, since an op
+means the same for every rank; it refuses only what is known to be wrong, or what could not be undone later.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ An expression is data: operations of the vocabulary over named variables::
     x, weight, bias = variables("x weight bias")
     op.relu(op.linear(x, weight, bias))
 
-A parameter an expression leaves out must have its default in the graph, so nothing a call says is ever dropped. A failed
-attempt is a :class:`Miss` with the reason and how deep it got; the deepest one of a pattern is what a report shows.
+A parameter an expression leaves out must have its default in the graph, so nothing a call says is ever dropped. A
+failed attempt is a :class:`Miss` with the reason and how deep it got; the deepest one of a pattern is what a report
+shows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import fx
 from fxfuse import vocabulary
 from fxfuse.view import Attr, Call, ModuleRef, View
 
-__all__ = ["Var", "Op", "Either", "Chain", "Step", "Match", "Miss", "op", "variables", "number", "matcher"]
+__all__ = ["Chain", "Either", "Match", "Miss", "Op", "Step", "Var", "matcher", "number", "op", "variables"]
 
 
 # --- expressions ---------------------------------------------------------------------------------------------------
@@ -57,8 +58,8 @@ class Either:
 class Chain:
     """Any number of scalings (mul, div, neg) on top of ``base``; bound under ``name`` as a list of :class:`Step`.
 
-    ``factors`` says what a factor may be: a 'number' (of Python, or symbolic), a 'scalar' (also a tensor known to have no
-    dimensions) or 'any'.
+    ``factors`` says what a factor may be: a 'number' (of Python, or symbolic), a 'scalar' (also a tensor known to have
+    no dimensions) or 'any'.
     """
 
     name: str
@@ -93,7 +94,7 @@ class _Operations:
                 raise ValueError(str(error.args[0])) from None
             if len(args) > len(operation.params):
                 raise ValueError(f"op.{name} takes {operation.params}, given {len(args)} values")
-            given = dict(zip(operation.params, args))
+            given = dict(zip(operation.params, args, strict=False))  # those not given by position may follow by name
             for key, value in kwargs.items():
                 if key not in operation.params or key in given:
                     raise ValueError(f"op.{name} has no free parameter '{key}'; it takes {operation.params}")
@@ -346,7 +347,7 @@ class matcher:
             call = self.view.call(todo[-1])
             assert call is not None
             below = [a for a, _ in _sides(call) if isinstance(a, fx.Node) and a in self.view.operations]
-            below = [a for a in below if self.view.operations[a] in vocabulary.SCALINGS and self.view.call(a) is not None]
+            below = [a for a in below if self.view.operations[a] in vocabulary.SCALINGS and self.view.call(a)]
             unknown = [a for a in below if a not in self._runs]
             if unknown:
                 todo += unknown
@@ -434,4 +435,5 @@ def _times_read(node: fx.Node, reader: fx.Node) -> int:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (fx.Node, Attr, ModuleRef)) or isinstance(b, (fx.Node, Attr, ModuleRef)):
         return a is b or (type(a) is type(b) and not isinstance(a, fx.Node) and a == b)
-    return type(a) is type(b) and bool(a == b) or (isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == b)
+    comparable = type(a) is type(b) or (isinstance(a, (int, float)) and isinstance(b, (int, float)))
+    return comparable and bool(a == b)

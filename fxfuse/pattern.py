@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fxfuse.report import Replacement
     from fxfuse.rewrite import Emit
 
-__all__ = ["Pattern", "Words", "register", "unregister", "available", "select"]
+__all__ = ["Pattern", "Words", "available", "register", "select", "unregister"]
 
 ENTRY_POINTS = "fxfuse.patterns"
 
@@ -53,15 +53,15 @@ class Pattern:
     Args:
         name: the name reports and switches use.
         expression: the computation, over named variables (see :mod:`fxfuse.match`).
-        op: a callable that takes the expression's variables by keyword. It must mean the same as the expression for every
-            input that passes the guards, and trace (a function of torch operations, or a ``torch.library`` op).
+        op: a callable that takes the expression's variables by keyword. It must mean the same as the expression for
+            every input that passes the guards, and trace (a function of torch operations, or a ``torch.library`` op).
         guards: conditions, each returning None or the reason to refuse.
         lower: how a match becomes nodes; by default one call of ``op`` with the bound variables.
-        pays_always: the op does less work whoever compiles it (an algebraic gain); other ops replace nothing where an inner
-            compiler would have fused the same and no kernel runs.
+        pays_always: the op does less work whoever compiles it (an algebraic gain); other ops replace nothing where an
+            inner compiler would have fused the same and no kernel runs.
         words: sentences for :func:`fxfuse.explain`.
-        cost: what one call of ``op`` costs, where it is not its inputs read once, its result written once and the matrix
-            products as before (see :mod:`fxfuse.cost`).
+        cost: what one call of ``op`` costs, where it is not its inputs read once, its result written once and the
+            matrix products as before (see :mod:`fxfuse.cost`).
 
     Raises:
         TypeError, ValueError: at once, for an expression that cannot be matched or an op that is not callable.

@@ -1,7 +1,7 @@
 """From matches to a new graph: order, overlap, aliasing and mutation, replacement, fuel.
 
-``find`` reads, ``replace`` writes. Outermost matches win over inner ones, larger over smaller; what a match covers belongs
-to it alone.
+``find`` reads, ``replace`` writes. Outermost matches win over inner ones, larger over smaller; what a match covers
+belongs to it alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fxfuse.match import Match, Miss, Step, matcher
 from fxfuse.pattern import Pattern
 from fxfuse.view import Attr, ModuleRef, View
 
-__all__ = ["Emit", "Found", "find", "replace", "Fuel"]
+__all__ = ["Emit", "Found", "Fuel", "find", "replace"]
 
 
 @dataclass
@@ -83,9 +83,10 @@ def find(view: View, patterns: Sequence[Pattern], allow: Callable[[Match, Patter
             result = _consider(attempt(node), pattern, view, allow)
             if isinstance(result, Miss):
                 found.misses.append(result)
-            elif not claimed.intersection(n for n in result.nodes if n not in result.shared):
-                if best is None or len(result.nodes) > len(best.nodes):
-                    best = result
+                continue
+            free = not claimed.intersection(n for n in result.nodes if n not in result.shared)
+            if free and (best is None or len(result.nodes) > len(best.nodes)):
+                best = result
         if best is not None:
             found.matches.append(best)
             claimed.update(n for n in best.nodes if n not in best.shared)
@@ -142,8 +143,8 @@ class Emit:
         self._replaced = replaced
 
     def value(self, value: Any) -> Any:
-        """A bound value as an fx argument; attributes and modules become ``get_attr`` nodes, and a value that an earlier
-        replacement computes is read from there."""
+        """A bound value as an fx argument; attributes and modules become ``get_attr`` nodes, and a value that an
+        earlier replacement computes is read from there."""
         if isinstance(value, (Attr, ModuleRef)):
             return self.graph.create_node("get_attr", value.path)
         return self._replaced.get(value, value) if isinstance(value, fx.Node) else value

@@ -1,7 +1,7 @@
 """A read-only reading of an fx graph: node -> Call(operation, canonical arguments). The graph is not touched.
 
-Module parameters appear as :class:`Attr` and become ``get_attr`` nodes only inside a replacement. In-place calls are read
-as their out-of-place meaning: what is read after ``y.mul_(s)`` under the name ``y`` is the result of the ``mul_``.
+Module parameters appear as :class:`Attr` and become ``get_attr`` nodes only inside a replacement. In-place calls are
+read as their out-of-place meaning: what is read after ``y.mul_(s)`` under the name ``y`` is the result of the ``mul_``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import fx, nn
 from fxfuse import vocabulary
 from fxfuse.vocabulary import Unreadable
 
-__all__ = ["Attr", "ModuleRef", "Call", "View"]
+__all__ = ["Attr", "Call", "ModuleRef", "View"]
 
 _IN_PLACE_OPERATORS = {
     getattr(operator, name)
@@ -38,7 +38,8 @@ _ALIASING_METHODS = frozenset(
 )
 #: calls that turn gradients or autocast on or off from here on
 _MODE_CHANGES = frozenset(
-    "_set_grad_enabled set_grad_enabled _enter_autocast _exit_autocast _enter_inference_mode _exit_inference_mode".split()
+    "_set_grad_enabled set_grad_enabled _enter_autocast _exit_autocast "
+    "_enter_inference_mode _exit_inference_mode".split()
 )
 #: in-place calls on one value that are followed as versions of it; more than these are rare, and would cost time
 _MOST_VERSIONS = 32
@@ -402,8 +403,9 @@ def why_called_only(module: nn.Module) -> str | None:
         return f"has forward hooks ({', '.join(names)}), which a fusion would not run"
     if module._backward_hooks or getattr(module, "_backward_pre_hooks", None):
         return "has backward hooks, which a fusion would not run"
-    if hasattr(module, "parametrizations"):
-        return f"has parametrizations on {', '.join(module.parametrizations)}"
+    parametrized: Any = getattr(module, "parametrizations", None)
+    if parametrized is not None:
+        return f"has parametrizations on {', '.join(parametrized)}"
     if isinstance(module, nn.Linear) and not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "computes its weight anew at every call"
     return None

@@ -1,8 +1,8 @@
 """The canonical operations and every spelling of each: module, function, method, operator, ATen.
 
 A spelling names the parameters in the order the spelled callable takes them. A parameter a spelling does not name
-(``rounding_mode``, ``dtype``, ``out``) makes the node opaque when it is given: a keyword is never dropped. ``theirs:ours``
-renames a parameter, ``theirs:_`` marks one that cannot change the result.
+(``rounding_mode``, ``dtype``, ``out``) makes the node opaque when it is given: a keyword is never dropped.
+``theirs:ours`` renames a parameter, ``theirs:_`` marks one that cannot change the result.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Spelling:
         if len(args) > len(self.theirs):
             raise Unreadable(f"{name} is given {len(args)} positional arguments, {len(self.theirs)} are known")
         bound = dict(self.operation.defaults)
-        for ours, value in zip(self.ours, args):
+        for ours, value in zip(self.ours, args, strict=False):
             bound[ours] = value
         for key, value in kwargs.items():
             try:
@@ -276,10 +276,10 @@ for _name, _module, _targets in (
     _FUNCTIONS[getattr(torch, _name + "_")] = _METHODS[_name + "_"]
     _read(_plain, _module)
 
-for _name, _module, _functional in (("relu", nn.ReLU, F.relu), ("silu", nn.SiLU, F.silu)):
+for _name, _gate, _functional in (("relu", nn.ReLU, F.relu), ("silu", nn.SiLU, F.silu)):
     _plain = _define(_name, "x inplace", inplace=False)
     _spell(_plain, "input inplace", functions=(_functional,), adapt=_inplace_flag)
-    _read(_plain, _module, inplace="inplace")
+    _read(_plain, _gate, inplace="inplace")
 _spell(OPERATIONS["relu"], "input", functions=(torch.relu,))
 _spell(OPERATIONS["relu"], "self", methods="relu", aten="relu")
 _spell(OPERATIONS["relu"], "self", methods="relu_", aten="relu_", inplace=True)
@@ -338,15 +338,15 @@ _FUNCTIONS[torch.clip_] = _METHODS["clamp_"]
 
 # --- softmax and its losses ----------------------------------------------------------------------------------------
 
-for _name, _module, _targets, _private in (
+for _name, _layer, _softmax, _private in (
     ("softmax", nn.Softmax, F.softmax, torch.softmax),
     ("log_softmax", nn.LogSoftmax, F.log_softmax, torch.log_softmax),
 ):
     _soft = _define(_name, "x dim dtype", dim=None, dtype=None)
-    _spell(_soft, "input dim _stacklevel:_ dtype:dtype", functions=(_targets,))
+    _spell(_soft, "input dim _stacklevel:_ dtype:dtype", functions=(_softmax,))
     _spell(_soft, "input dim dtype", functions=(_private, getattr(torch.special, _name)))
     _spell(_soft, "self dim dtype", methods=_name, aten=f"{_name} special_{_name}")
-    _read(_soft, _module, dim="dim")
+    _read(_soft, _layer, dim="dim")
 
 
 def _reduction(values: dict[str, Any]) -> dict[str, Any]:
@@ -384,8 +384,10 @@ _batch_norm = _define(
     running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
 )  # fmt: skip
 _spell(_batch_norm, "input running_mean running_var weight bias training momentum eps", functions=(F.batch_norm,))
-_BATCH_NORM_ATEN = "input weight:weight bias:bias running_mean:running_mean running_var:running_var " \
-    "training:training momentum:momentum eps:eps cudnn_enabled:_"  # fmt: skip
+_BATCH_NORM_ATEN = (
+    "input weight:weight bias:bias running_mean:running_mean running_var:running_var training:training "
+    "momentum:momentum eps:eps cudnn_enabled:_"
+)
 _spell(_batch_norm, _BATCH_NORM_ATEN, functions=(torch.batch_norm,), aten="batch_norm")
 
 _bn_module = _define("batch_norm1d_module", "x module")
@@ -424,8 +426,8 @@ def spell(op: Operation, signature: str, *, functions: tuple[Any, ...] = (), met
 
     Args:
         op: what :func:`define` or :func:`operation` returned.
-        signature: the callable's own parameter names in order; ``theirs:ours`` where they differ from the operation's and
-            do not stand at the same place. A call that gives any other keyword is not read.
+        signature: the callable's own parameter names in order; ``theirs:ours`` where they differ from the operation's
+            and do not stand at the same place. A call that gives any other keyword is not read.
         functions: callables, or operators of ``torch.ops``.
         methods: names of tensor methods, separated by spaces.
         aten: names of ATen operators, separated by spaces.

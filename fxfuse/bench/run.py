@@ -99,9 +99,7 @@ def pick_device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name}: torch {torch.__version__} sees no CUDA device (fxfuse doctor says more)")
     if device.type not in DEFAULT_ROUNDS:
         raise ValueError(f"--device {name}: only cuda and cpu are measured")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 
 def main(args: argparse.Namespace, command: Sequence[str]) -> int:

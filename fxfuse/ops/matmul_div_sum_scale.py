@@ -310,4 +310,4 @@ def _both_sums(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | No
     return v, None if bias is None else bias.sum(dtype=v.dtype)
 
 
-matmul_div_sum_scale.frozen = frozen  # type: ignore[attr-defined]  # where freeze=True looks for it
+matmul_div_sum_scale.frozen = frozen  # where freeze=True looks for it

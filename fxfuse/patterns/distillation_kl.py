@@ -71,7 +71,8 @@ pattern = Pattern(
         why="Two softmaxes and a divergence over a vocabulary read and write the logits about ten times.",
         fuses="Both normalisers, the cross term and the loss come from one online pass over the two sets of logits; no "
         "probabilities are written.",
-        algebra="Σ q·(log q − log p) = Σ q·(t − s)/T − (lse(t/T) − lse(s/T)), q = softmax(t/T), rescaled as maxima move.",
+        algebra="Σ q·(log q − log p) = Σ q·(t − s)/T − (lse(t/T) − lse(s/T)), q = softmax(t/T), rescaled as maxima "
+        "move.",
         left="A temperature that is a tensor stays outside. Sums run in float32 in a fixed order.",
     ),
 )  # fmt: skip

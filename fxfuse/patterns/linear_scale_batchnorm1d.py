@@ -99,11 +99,11 @@ pattern = Pattern(
     lower=lower,
     words=Words(
         why="Scale and BatchNorm read and write the product five times, and training keeps three tensors of its size.",
-        fuses="Statistics are taken from the product while it is at hand, and the result is written once; training keeps "
-        "one tensor of the product's size.",
+        fuses="Statistics are taken from the product while it is at hand, and the result is written once; training "
+        "keeps one tensor of the product's size.",
         algebra="eval: γ·(s·(x·Wᵀ + b) − μ)/σ + β = acc·α + δ per channel. train: bias and mean cancel, "
         "out = γ·s·(acc − mean)·rstd + β.",
-        left="Running statistics follow torch's rules; the bias gets a gradient of exactly zero in training, where eager "
-        "has rounding noise.",
+        left="Running statistics follow torch's rules; the bias gets a gradient of exactly zero in training, where "
+        "eager has rounding noise.",
     ),
 )
