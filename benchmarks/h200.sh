@@ -4,11 +4,11 @@
 set -uo pipefail
 part=$1 out=$2 budget=${3:-270}
 export PYTHONPATH=. PYTHONUNBUFFERED=1
-[ -f benchmarks/h200.json ] && [ ! -f "$out/h200.json" ] && cp benchmarks/h200.json "$out/h200.json"
-run() { python3 -m fxfuse bench --append --json "$out/h200.json" "$@"; }
+
+run() { python3 -m fxfuse bench --append --json "$out/h200.json" --vs eager,compile,fxfuse "$@"; }
 case $part in
-loss) run --workload kl_div,distillation_kl --budget "$budget" --vs eager,compile,fxfuse ;;
-collapse) run --workload matmul_div_sum_scale --budget "$budget" --vs eager,compile,fxfuse ;;
-product) run --workload linear_scale_batchnorm1d_train,linear_scale_batchnorm1d_eval,linear_activation_scale --budget "$budget" --vs eager,compile,fxfuse ;;
+loss) run --workload kl_div,distillation_kl --budget "$budget" ;;
+collapse) run --workload matmul_div_sum_scale --budget "$budget" ;;
+product) run --workload linear_scale_batchnorm1d_train,linear_scale_batchnorm1d_eval,linear_activation_scale --budget "$budget" ;;
 *) echo "parts: loss, collapse, product" >&2; exit 2 ;;
 esac

@@ -92,8 +92,9 @@ def rewrite(graph: fx.Graph, patterns: Sequence[Pattern], *, opaque_must_pay: bo
     fuse_graph(graph, graph.owning_module, patterns, report, allow=allow)
     if left:
         kinds = ", ".join(sorted({m.pattern for m in left}))
+        were = "match was" if len(left) == 1 else "matches were"
         report.notes.append(
-            f"{len(left)} matches ({kinds}) were left to Inductor, which fuses the same where no kernel of ours runs; "
+            f"{len(left)} {were} left to Inductor ({kinds}), which fuses the same where no kernel of ours runs; "
             "options={'inner': 'aot_eager'} replaces them all."
         )
     _reports.append(report.settle())

@@ -279,3 +279,17 @@ def test_patterns_can_be_chosen() -> None:
         select(["linear"])
     with pytest.raises(TypeError, match=r"patterns are names or fxfuse\.Pattern objects, not int"):
         select([3])
+
+
+def test_the_transpose_of_a_weight_of_unknown_rank() -> None:
+    """`.T` is matched before the rank is known; the op means what `.T` means for every rank."""
+
+    def summed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (torch.matmul(x, w.T) / 2).sum(-1)
+
+    fused = fxfuse.optimize(summed)
+    assert [r.pattern for r in fused.report.replacements] == ["matmul_div_sum_scale"]
+    for shape in ((4, 5), (4, 5, 3)):
+        w = torch.randn(shape)
+        x = torch.randn(2, w.T.shape[-2])
+        torch.testing.assert_close(fused(x, w), summed(x, w))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fxfuse.bench import accuracy, memory, rivals
+from fxfuse.bench import accuracy, graphs, memory, rivals
 from fxfuse.bench.cases import Case, Runner, Setup
 from fxfuse.bench.limits import Limits, matmul_precision
 from fxfuse.bench.timing import time_together
@@ -121,7 +121,31 @@ def _time(runners: dict[str, Runner], rows: dict[str, Row], effort: Effort) -> N
             continue
         for name, timing in times.items():
             rows[name] |= timing.as_dict()
+        if effort.device.type == "cuda":
+            effort.tell("GPU time")
+            _time_graphs(steps, rows, effort)
         return
+
+
+def _time_graphs(steps: dict[str, Callable[[int], None]], rows: dict[str, Row], effort: Effort) -> None:
+    """Add `gpu_ms`, the time of one call replayed from a CUDA graph, where a rival can be captured."""
+    for name, step in steps.items():
+        row = rows[name]
+        if rivals.RIVALS[name].cuda_graphs:
+            row["gpu_reason"] = "replays graphs of its own"
+            continue
+        calls = graphs.calls_in_graph(row["median_ms"])
+        try:
+            replay = graphs.replaying(graphs.capture(step, calls, effort.device))
+            times = time_together({name: replay}, effort.device, rounds=max(5, effort.rounds // 2))
+            del replay
+        except Exception as error:
+            row["gpu_reason"] = first_line(error)
+            continue
+        finally:
+            _free(effort.device)
+        row["gpu_ms"] = times[name].median_ms / calls
+        row["gpu_spread"] = times[name].spread
 
 
 class _StepFailed(Exception):
@@ -143,7 +167,11 @@ def _named(rival: str, step: Callable[[int], None]) -> Callable[[int], None]:
 def _relate(rows: dict[str, Row], limit_ms: float | None) -> None:
     """Add what compares: `ratio` (eager's time over this one's), the limit and the share of it that is reached."""
     baseline = rows.get(BASELINE, {}).get("median_ms")
+    gpu_baseline = rows.get(BASELINE, {}).get("gpu_ms")
     for row in rows.values():
+        if "gpu_ms" in row:
+            row["gpu_ratio"] = gpu_baseline / row["gpu_ms"] if gpu_baseline else None
+            row["gpu_share_of_limit"] = limit_ms / row["gpu_ms"] if limit_ms else None
         if "median_ms" not in row:
             continue
         row["ratio"] = baseline / row["median_ms"] if baseline else None

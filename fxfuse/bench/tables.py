@@ -77,8 +77,8 @@ def _time(row: Row | None) -> str:
 
 
 def _full(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
-    headings = ["shape", "precision", "mode", "", "ms", "spread", "vs eager", "of limit", "peak memory", "error",
-                "gradient error"]  # fmt: skip
+    headings = ["shape", "precision", "mode", "", "ms", "spread", "vs eager", "of limit", "GPU ms", "peak memory",
+                "error", "gradient error"]  # fmt: skip
     lines = []
     for (_, shape, precision, mode), rivals in cases.items():
         for name, row in rivals.items():
@@ -92,6 +92,7 @@ def _full(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list[st
                     f"±{50 * row['spread']:.0f} %" if "spread" in row else DASH,
                     ratio(row.get("ratio")),
                     percent(row.get("share_of_limit")),
+                    milliseconds(row.get("gpu_ms")),
                     size(row.get("peak_bytes")),
                     error(row.get("error")),
                     error(row.get("grad_error")),

@@ -34,6 +34,7 @@ def show(document: Document) -> str:
                     f"±{50 * row['spread']:.0f} %",
                     ratio(row["ratio"]),
                     percent(row["share_of_limit"]),
+                    milliseconds(row.get("gpu_ms")),
                     size(row["peak_bytes"]),
                     error(row["error"]),
                     error(row.get("grad_error")),
@@ -41,10 +42,12 @@ def show(document: Document) -> str:
             )
             if "replaced" in row:
                 notes.append("replaced: " + (", ".join(row["replaced"]) or "nothing"))
-        headings = ["", "ms", "spread", "vs\neager", "of\nlimit", "peak", "error", "grad\nerror"]
-        if not any(row.get("grad_error") is not None for row in rivals.values()):
-            headings = headings[:-1]
-            lines = [line[:7] for line in lines]
+        headings = ["", "ms", "spread", "vs\neager", "of\nlimit", "GPU\nms", "peak", "error", "grad\nerror"]
+        optional = {"GPU\nms": "gpu_ms", "grad\nerror": "grad_error"}
+        absent = {h for h, key in optional.items() if not any(row.get(key) for row in rivals.values())}
+        keep = [i for i, heading in enumerate(headings) if heading not in absent]
+        headings = [headings[i] for i in keep]
+        lines = [[line[i] for i in keep if i < len(line)] for line in lines]
         table = tabulate(lines, headings, tablefmt="simple", colalign=["left", *["right"] * (len(headings) - 1)],
                          disable_numparse=True)  # fmt: skip
         title = case_title(key) + (f" (limit {milliseconds(limit)} ms)" if limit else "")

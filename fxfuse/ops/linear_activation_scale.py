@@ -23,6 +23,7 @@ from fxfuse.kernels.linear_activation_scale import Act
 
 from ._autocast import cast
 from ._op import Op
+from ._product import product
 from ._road import Road, floating, together, wide
 
 # activation -> (value, gradient from (g, z), in-place value or None); alpha and beta are its parameters.
@@ -87,7 +88,7 @@ def reference(
     scale: float,
 ) -> Tensor:
     value = _activation(activation)[0]
-    z = F.linear(x, weight, bias)
+    z = product(x, weight, bias)
     if pre_scale != 1:
         z = z * pre_scale
     out = value(z, alpha, beta)

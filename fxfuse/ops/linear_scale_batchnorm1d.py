@@ -37,6 +37,7 @@ from fxfuse.kernels.abi import DTYPE_CODE
 
 from ._autocast import cast
 from ._op import Op
+from ._product import product
 from ._road import Road, floating, together, wide
 from .linear_activation_scale import linear_backward
 
@@ -60,7 +61,7 @@ def reference(
     *,
     update: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    z = F.linear(x, weight, bias)
+    z = product(x, weight, bias)
     if alpha != 1:
         z = z * alpha
     if scale is not None:
@@ -144,8 +145,10 @@ def _kernels_fit(tensors: tuple[Any, ...], training: bool, eps: float) -> bool:
         return False
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         return False
+    given = _scaled_dtype(x, scale, divisor)
+    norm = torch.float32 if bn_weight is None or bn_weight.dtype is not given or n == 1 else given
     for t in (bn_weight, bn_bias, running_mean, running_var):
-        if t is not None and (t.dtype is not torch.float32 or t.dim() != 1 or t.size(0) != n):
+        if t is not None and (t.dtype is not norm or t.dim() != 1 or t.size(0) != n):
             return False
     if bias is not None and (bias.dim() != 1 or bias.size(0) != n):
         return False
@@ -155,7 +158,7 @@ def _kernels_fit(tensors: tuple[Any, ...], training: bool, eps: float) -> bool:
     for t in tensors:
         if t is not None and t.layout is not torch.strided:
             return False
-    if _scaled_dtype(x, scale, divisor) not in (x.dtype, torch.float32):
+    if given not in (x.dtype, torch.float32):
         return False
     return gemm.why_not_kernels(*tensors) is None
 

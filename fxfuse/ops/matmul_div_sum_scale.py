@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxfuse.freeze import Kept
@@ -33,6 +32,7 @@ from fxfuse.kernels import matmul_div_sum_scale as kernel
 from ._autocast import cast
 from ._blocks import block_rows, blocks
 from ._op import Op
+from ._product import product
 from ._road import HALF, Road, floating, plain_memory, together, wide
 
 
@@ -46,8 +46,8 @@ def reference(
     mean: bool,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    product = F.linear(x, weight, bias)
-    reduced = product.mean(dim, keepdim, dtype=dtype) if mean else product.sum(dim, keepdim, dtype=dtype)
+    y = product(x, weight, bias)
+    reduced = y.mean(dim, keepdim, dtype=dtype) if mean else y.sum(dim, keepdim, dtype=dtype)
     return reduced if scale == 1 else reduced * scale
 
 

@@ -82,17 +82,18 @@ class Fused(Block):
         return linear_scale_batchnorm1d_module(self.bn, x, self.linear.weight, self.linear.bias, self.scale)
 
 
-@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16", "autocast", "module in bfloat16"])
 @pytest.mark.parametrize(("m", "n", "k"), SIZES)
 def test_batchnorm_over_steps(m, n, k, kind, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", kind == "tf32")
-    eager = Block(k, n).cuda()
-    fused = Fused(k, n).cuda()
+    everything = torch.bfloat16 if kind == "module in bfloat16" else torch.float32
+    eager = Block(k, n).cuda().to(everything)
+    fused = Fused(k, n).cuda().to(everything)
     fused.load_state_dict(eager.state_dict())
     judge = copy.deepcopy(eager).double()
     least = {"float32": 2e-6, "tf32": 1e-3}.get(kind, 8e-3)
     for training in (True, True, False, True, False):
-        x = torch.randn(m, k, device="cuda") + 1
+        x = torch.randn(m, k, device="cuda").to(everything) + 1
         grad = torch.randn(m, n, device="cuda")
         results = []
         for model in (judge, eager, fused):
