@@ -337,3 +337,18 @@ def test_autocast(case: Case) -> None:
 @pytest.mark.parametrize("case", POSITIVE, ids=repr)
 def test_cuda(case: Case, dtype: torch.dtype) -> None:
     check(case, "optimize", dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("log_target", [False, True])
+def test_the_kernel_road_hands_temperatures_below_zero_to_the_reference(log_target: bool) -> None:
+    """Which road a call takes is settled before its temperatures are known, so forward and backward ask again."""
+    from fxfuse.ops import distillation_kl as op
+
+    student, teacher = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    args = (student, teacher, -1, -2.0, -1.5, 0.7, "sum", log_target)
+    want = op.reference(*args)
+    loss, saved = op.forward(op.KERNEL, *args, wanted=(True, True))
+    grads = op.backward(op.KERNEL, torch.tensor(2.0, dtype=torch.float64), saved, *args, wanted=(True, True))
+    torch.testing.assert_close(loss, want)
+    for got, best in zip(grads, torch.autograd.grad(2 * want, (student, teacher)), strict=True):
+        torch.testing.assert_close(got, best)

@@ -126,7 +126,7 @@ def main(args: argparse.Namespace, command: Sequence[str]) -> int:
     rounds = args.repeat or DEFAULT_ROUNDS[device.type]
     document: dict[str, Any] = {
         "schema": SCHEMA,
-        "command": shlex.join(["fxfuse", *command]),
+        "command": shlex.join(["fxfuse", *(_without_folder(word) for word in command)]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "seed": args.seed,
         "device": device.type,
@@ -269,9 +269,21 @@ def merged(earlier: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
     return {
         **document,
         "command": " && ".join(dict.fromkeys(commands)),
-        "limits": document["limits"] or earlier["limits"],
+        "limits": _merged_limits(earlier["limits"], document["limits"]),
         "results": [row for rows in old.values() for row in rows.values()],
     }
+
+
+def _without_folder(word: str) -> str:
+    """A path of this machine as its last part: results are read elsewhere."""
+    return Path(word).name if os.path.isabs(word) else word
+
+
+def _merged_limits(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """The later ceilings, with the matrix rates that only the earlier run had need of."""
+    if not later:
+        return earlier
+    return {**earlier, **later, "matrix_rate": {**earlier.get("matrix_rate", {}), **later.get("matrix_rate", {})}}
 
 
 def save(document: dict[str, Any], path: Path) -> None:

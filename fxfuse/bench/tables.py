@@ -44,7 +44,7 @@ def _value(row: Row | None, key: str) -> float | None:
 
 def _summary(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
     headings = ["workload", "shape", "precision", "mode", "eager ms", "torch.compile ms", "fxfuse ms",
-                "vs eager", "vs compile", "limit ms", "of limit"]  # fmt: skip
+                "vs eager", "vs compile", "limit ms", "of limit", "GPU ms", "GPU vs eager"]  # fmt: skip
     lines = []
     for (workload, shape, precision, mode), rivals in cases.items():
         compiled = [t for n in ("compile", "max-autotune") if (t := _value(rivals.get(n), "median_ms"))]
@@ -64,8 +64,12 @@ def _summary(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list
                 ratio(best / time if best and time else None),
                 milliseconds(_value(ours, "limit_ms")),
                 percent(_value(ours, "share_of_limit")),
+                milliseconds(_value(ours, "gpu_ms")),
+                ratio(_value(ours, "gpu_ratio")),
             ]
         )
+    if all(line[-1] == line[-2] == DASH for line in lines):  # a CPU has no time of its own beside this one
+        return headings[:-2], [line[:-2] for line in lines]
     return headings, lines
 
 

@@ -34,6 +34,7 @@ from fxfuse.kernels.scale_unless_one import why_not
 
 from . import kl_div as kl
 from ._autocast import cast
+from ._autograd import vjp
 from ._blocks import Workspace, block_rows, blocks, widened
 from ._loss import LossOp
 from ._road import Road, floating, together, wide
@@ -150,8 +151,11 @@ def backward(
     *,
     wanted: Sequence[bool],
 ) -> Sequence[Tensor | None]:
-    if road is KERNEL and min(student_temperature, teacher_temperature) > 0:
+    if road is KERNEL:
         temperatures = student_temperature, teacher_temperature
+        if min(temperatures) <= 0:  # as in forward: the meaning itself, which knows any temperature
+            args = (student, teacher, dim, *temperatures, scale, reduction, log_target)
+            return vjp(reference, OP.tensors, args, grad, wanted, create_graph=False)
         factor = 1 / kl.count(student, reduction)
         return kernel.distillation_kl(
             student, teacher, temperatures, factor, scale, log_target, wanted, grad, loss=False
