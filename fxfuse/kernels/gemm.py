@@ -90,6 +90,7 @@ def why_not_product(x: Tensor, weight: Tensor) -> str | None:
 
 
 def pays(m: int, n: int, k: int) -> bool:
-    """Whether the Hopper GEMM is at least as fast as the library's, by measurement (see docs/kernels-gemm.md)."""
+    """Whether the Hopper GEMM is expected to be at least as fast as the library's: a rule drawn from a dozen measured
+    sizes (see docs/kernels-gemm.md), not a table of all."""
     tiles = -(-m // 256) * 2 * -(-n // 256)
     return m >= 256 and k >= 512 and tiles >= 100

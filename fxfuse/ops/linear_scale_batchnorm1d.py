@@ -36,12 +36,21 @@ from fxfuse.kernels import linear_scale_batchnorm1d as kernels
 from fxfuse.kernels.abi import DTYPE_CODE
 
 from ._autocast import cast
+from ._batchnorm import (
+    Buffers,
+    buffer,
+    columns,
+    factors,
+    gradients,
+    kernel_evaluation,
+    kernel_training,
+    per_column,
+    scaled_dtype,
+    statistics_of,
+)
 from ._op import Op
 from ._product import product
 from ._road import Road, floating, together, wide
-from .linear_activation_scale import linear_backward
-
-Buffers = tuple[Tensor | None, Tensor | None]
 
 
 def reference(
@@ -74,12 +83,7 @@ def reference(
     out = F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     if update:
         return out, None, None
-    return out, _buffer(running_mean, x, training), _buffer(running_var, x, training)
-
-
-def _buffer(new: Tensor | None, like: Tensor, training: bool) -> Tensor:
-    """The dispatcher's results are tensors: an empty one says that there is nothing to update."""
-    return new if training and new is not None else like.new_empty(0)
+    return out, buffer(running_mean, x, training), buffer(running_var, x, training)
 
 
 def road(
@@ -111,10 +115,10 @@ def road(
     features = weight.shape[:1]
     if any(t is not None and t.shape != features for t in (bias, bn_weight, bn_bias, running_mean, running_var)):
         return Road("composed", "the shapes do not fit")
-    if not (_per_column(scale, features[0]) and _per_column(divisor, features[0])):
+    if not (per_column(scale, features[0]) and per_column(divisor, features[0])):
         return Road("composed", "scale or divisor is not one number a column")
     norm = {t.dtype for t in (bn_weight, bn_bias, running_mean, running_var) if t is not None}
-    if norm - {wide(_scaled_dtype(x, scale, divisor))}:
+    if norm - {wide(scaled_dtype(x, scale, divisor))}:
         return Road("composed", "BatchNorm's tensors are not float32 (float64 for float64)")
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         return Road("composed", "running statistics are missing")
@@ -145,7 +149,7 @@ def _kernels_fit(tensors: tuple[Any, ...], training: bool, eps: float) -> bool:
         return False
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         return False
-    given = _scaled_dtype(x, scale, divisor)
+    given = scaled_dtype(x, scale, divisor)
     norm = torch.float32 if bn_weight is None or bn_weight.dtype is not given or n == 1 else given
     for t in (bn_weight, bn_bias, running_mean, running_var):
         if t is not None and (t.dtype is not norm or t.dim() != 1 or t.size(0) != n):
@@ -153,7 +157,7 @@ def _kernels_fit(tensors: tuple[Any, ...], training: bool, eps: float) -> bool:
     if bias is not None and (bias.dim() != 1 or bias.size(0) != n):
         return False
     for t in (scale, divisor):
-        if t is not None and (t.dtype not in DTYPE_CODE or not _per_column(t, n)):
+        if t is not None and (t.dtype not in DTYPE_CODE or not per_column(t, n)):
             return False
     for t in tensors:
         if t is not None and t.layout is not torch.strided:
@@ -161,34 +165,6 @@ def _kernels_fit(tensors: tuple[Any, ...], training: bool, eps: float) -> bool:
     if given not in (x.dtype, torch.float32):
         return False
     return gemm.why_not_kernels(*tensors) is None
-
-
-def _per_column(factor: Tensor | None, columns: int) -> bool:
-    """[N], [1, N], or a single number of rank at most two."""
-    if factor is None or factor.dim() == 0:
-        return True
-    return factor.dim() <= 2 and factor.size(-1) in (1, columns) and (factor.dim() == 1 or factor.size(0) == 1)
-
-
-def _scaled_dtype(x: Tensor, scale: Tensor | None, divisor: Tensor | None) -> torch.dtype:
-    """The dtype of what BatchNorm is given, by type promotion."""
-    dtype = x.dtype
-    for factor in (scale, divisor):
-        if factor is not None and factor.dim() > 0:
-            dtype = torch.promote_types(dtype, factor.dtype)
-    return dtype
-
-
-def factors(
-    x: Tensor, weight: Tensor, scale: Tensor | None, divisor: Tensor | None, alpha: float, dtype: torch.dtype
-) -> Tensor | float:
-    """s = alpha·scale/divisor: [N] or a single element in `dtype`; the number alpha when both are None."""
-    s: Tensor | float = alpha
-    if scale is not None:
-        s = scale.to(dtype).reshape(-1) * alpha
-    if divisor is not None:
-        s = s / divisor.to(dtype).reshape(-1)
-    return s
 
 
 def forward(
@@ -210,13 +186,13 @@ def forward(
     wanted: Sequence[bool] = (),
     update: bool = False,
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Sequence[Tensor]]:
-    out_dtype = _scaled_dtype(x, scale, divisor)
+    out_dtype = scaled_dtype(x, scale, divisor)
     keep = any(wanted)
     if road.name == "kernel" and (training or not keep):
         c = columns(bias, scale, divisor, alpha, bn_weight, bn_bias, eps)
         if training:
-            return _kernel_training(x, weight, c, running_mean, running_var, momentum, out_dtype, keep, update)
-        out = _kernel_evaluation(x, weight, c, running_mean, running_var, out_dtype)
+            return kernel_training(x, weight, c, running_mean, running_var, momentum, out_dtype, keep, update)
+        out = kernel_evaluation(x, weight, c, running_mean, running_var, out_dtype)
         return (out, *((None, None) if update else (x.new_empty(0), x.new_empty(0)))), ()
     dtype = wide(out_dtype)
     s = factors(x, weight, scale, divisor, alpha, dtype)
@@ -234,7 +210,7 @@ def forward(
         return (out.to(out_dtype), nothing, nothing if update else x.new_empty(0)), saved
 
     rows = y.size(0)
-    mean, centred, var = _statistics(y, dtype)
+    mean, centred, var = statistics_of(y, dtype)
     rstd = (var * s * s + eps).rsqrt_()
     slope = rstd * s if bn_weight is None else rstd * s * bn_weight
     out = centred.mul_(slope) if bn_bias is None else torch.addcmul(bn_bias, centred, slope, out=centred)
@@ -246,83 +222,8 @@ def forward(
             running_mean.copy_(new_mean)
             running_var.copy_(new_var)
     saved = (y, mean, rstd) if keep else ()
-    buffers: Buffers = (None, None) if update else (_buffer(new_mean, x, True), _buffer(new_var, x, True))
+    buffers: Buffers = (None, None) if update else (buffer(new_mean, x, True), buffer(new_var, x, True))
     return (out.to(out_dtype), *buffers), saved
-
-
-def columns(
-    bias: Tensor | None,
-    scale: Tensor | None,
-    divisor: Tensor | None,
-    alpha: float,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-) -> kernels.Columns:
-    """The vectors as the kernels take them: contiguous [N], or a single number."""
-
-    def vector(t: Tensor | None) -> Tensor | None:
-        if t is None or (t.dim() == 1 and t.is_contiguous()):
-            return t
-        return t.reshape(-1).contiguous()
-
-    return kernels.Columns(vector(bias), vector(scale), vector(divisor), alpha, vector(bn_weight), vector(bn_bias), eps)
-
-
-def _kernel_evaluation(
-    x: Tensor, weight: Tensor, c: kernels.Columns, mean: Tensor | None, var: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    assert mean is not None and var is not None
-    mean, var = mean.contiguous(), var.contiguous()
-    if gemm.why_not_product(x, weight) is None:
-        return kernels.eval_product(x, weight, c, mean, var, out_dtype)
-    acc = F.linear(x, weight)
-    return kernels.eval_apply(
-        acc, c, mean, var, acc if acc.dtype == out_dtype else torch.empty_like(acc, dtype=out_dtype)
-    )
-
-
-def _kernel_training(
-    x: Tensor,
-    weight: Tensor,
-    c: kernels.Columns,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    out_dtype: torch.dtype,
-    keep: bool,
-    update: bool,
-) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Sequence[Tensor]]:
-    """Saves the bare product (no bias: it cancels) and its columns' statistics."""
-    mean, var = running_mean, running_var
-    if mean is not None and var is not None and not (update and mean.is_contiguous() and var.is_contiguous()):
-        mean, var = mean.clone(memory_format=torch.contiguous_format), var.clone(memory_format=torch.contiguous_format)
-    product = gemm.why_not_product(x, weight) is None
-    if product and kernels.one_kernel(x, weight, out_dtype):
-        out, acc, saved = kernels.train(x, weight, c, mean, var, momentum, keep)
-    else:
-        acc, partials = kernels.train_product(x, weight) if product else (F.linear(x, weight), None)
-        out = acc if acc.dtype == out_dtype and not keep else torch.empty_like(acc, dtype=out_dtype)
-        saved = kernels.train_apply(acc, partials, c, mean, var, momentum, out)
-    buffers: Buffers = (None, None)
-    if not update:
-        buffers = _buffer(mean, x, True), _buffer(var, x, True)
-    elif mean is not running_mean and running_mean is not None and running_var is not None:
-        running_mean.copy_(mean)  # type: ignore[arg-type]
-        running_var.copy_(var)  # type: ignore[arg-type]
-    if not keep:
-        return (out, *buffers), ()
-    assert acc is not None
-    return (out, *buffers), (acc, saved)
-
-
-def _statistics(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Column mean, y minus it, and the biased variance, in two passes: no E[y²] − E[y]²."""
-    rough = y.mean(0, dtype=dtype)
-    centred = y - rough
-    rest = centred.mean(0)  # what rounding left in the mean
-    centred -= rest
-    return rough + rest, centred, centred.square().mean(0)
 
 
 def saves(
@@ -336,7 +237,7 @@ def saves(
 ) -> Sequence[Tensor]:
     if not any(wanted):
         return ()
-    dtype, n, training = wide(_scaled_dtype(x, scale, divisor)), weight.size(0), others[5]
+    dtype, n, training = wide(scaled_dtype(x, scale, divisor)), weight.size(0), others[5]
     y = F.linear(x, weight, bias)
     if training and road(x, weight, bias, scale, divisor, *others).name == "kernel":
         return y, x.new_empty(2, n, dtype=torch.float32)
@@ -369,7 +270,7 @@ def backward(
         by_scale = wanted[3] or wanted[4]
         dy, d_gamma, total, d_s = kernels.backward(grad, acc, statistics, c, wanted[5], wanted[6], by_scale)
         s = factors(x, weight, scale, divisor, alpha, torch.float32) if wanted[4] else alpha
-        return _gradients(dy, d_gamma, total, d_s, s, x, weight, bias, scale, divisor, alpha, training, wanted)
+        return gradients(dy, d_gamma, total, d_s, s, x, weight, bias, scale, divisor, alpha, training, wanted)
     y, mean, spread = saved  # the batch's mean and rstd in training, the running statistics in eval
     dtype = wide(grad.dtype, y.dtype)
     s = factors(x, weight, scale, divisor, alpha, dtype)
@@ -391,51 +292,7 @@ def backward(
         dy = dz * (gamma * rstd * s)
 
     dy = dy.to(y.dtype)
-    return _gradients(dy, d_gamma, total, d_s, s, x, weight, bias, scale, divisor, alpha, training, wanted)
-
-
-def _gradients(
-    dy: Tensor,
-    d_gamma: Tensor | None,
-    total: Tensor | None,
-    d_s: Tensor | None,
-    s: Tensor | float,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    divisor: Tensor | None,
-    alpha: float,
-    training: bool,
-    wanted: Sequence[bool],
-) -> Sequence[Tensor | None]:
-    """Every argument's gradient from that of the product, of gamma, of beta and of the whole factor s."""
-    dx, dw, db = linear_backward(dy, 1.0, x, weight, bias, (*wanted[:2], wanted[2] and not training))
-    if wanted[2] and training:
-        db = torch.zeros_like(bias)  # type: ignore[arg-type]
-    d_scale = d_divisor = None
-    if scale is not None and wanted[3] and d_s is not None:
-        value = d_s * alpha if divisor is None else d_s * alpha / divisor.to(d_s.dtype).reshape(-1)
-        d_scale = _shaped(value, scale)
-    if divisor is not None and wanted[4] and d_s is not None:
-        d_divisor = _shaped(d_s * s / divisor.to(d_s.dtype).reshape(-1) * -1, divisor)
-    return (
-        dx,
-        dw,
-        db,
-        d_scale,
-        d_divisor,
-        d_gamma if wanted[5] else None,
-        total if wanted[6] else None,
-        None,
-        None,
-    )
-
-
-def _shaped(columns: Tensor, factor: Tensor) -> Tensor:
-    """A gradient of one number a column, as the factor that was broadcast over the columns has it."""
-    value = columns.sum() if factor.numel() == 1 else columns
-    return value.reshape(factor.shape).to(factor.dtype)
+    return gradients(dy, d_gamma, total, d_s, s, x, weight, bias, scale, divisor, alpha, training, wanted)
 
 
 def again(saved: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
