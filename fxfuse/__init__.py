@@ -6,10 +6,14 @@ better, replace exactly those, forward and backward, and leave the rest untouche
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from fxfuse.api import optimize, report
 from fxfuse.backend import backend, pre_grad_pass, reports
-from fxfuse.explain import explain
 from fxfuse.pattern import Pattern, Words, register, unregister
+
+if TYPE_CHECKING:
+    from fxfuse.explanation import explain
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,3 +28,13 @@ __all__ = [
     "reports",
     "unregister",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # a story is told once in a while and needs a fifth of all imports: it is fetched when it is first asked for
+    if name == "explain":
+        from fxfuse.explanation import explain
+
+        globals()[name] = explain
+        return explain
+    raise AttributeError(f"module 'fxfuse' has no attribute {name!r}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.explain import _gain
+from fxfuse.explanation import _gain
 from fxfuse.pattern import available
 
 torch.set_num_threads(1)
