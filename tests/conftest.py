@@ -79,8 +79,6 @@ class Case:
         elsewhere: door -> matches, for doors whose graph says something else (Dynamo looks into a hook, say).
         cannot: door -> an exception torch itself raises there.
         lossy: doors where torch itself loses part of the model before we see it.
-        kinked: the derivative jumps (relu behind the match). In half precision a value within rounding of the kink may
-            fall on either side of it, in eager as in the fused op, so gradients are compared in wider types alone.
     """
 
     name: str
@@ -94,7 +92,6 @@ class Case:
     elsewhere: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     cannot: Mapping[str, type[Exception]] = field(default_factory=dict)
     lossy: tuple[str, ...] = ()
-    kinked: bool = False
 
     def build(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
         """The function, or a new module with the same values every time."""
@@ -290,8 +287,6 @@ def _check(case: Case, door: str, modes: tuple[bool, ...], dtype: torch.dtype, d
     for what in eager:
         if what.startswith("buffer") and what not in seen and door in ("symbolic_trace", "export"):
             continue  # torch drops the ones nothing reads
-        if case.kinked and what.startswith("gradient") and unit > torch.finfo(torch.float32).eps:
-            continue
         judge(what, seen.get(what), eager[what], exact[what], unit)
 
 
