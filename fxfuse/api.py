@@ -87,14 +87,16 @@ def _optimize_module(
     model: nn.Module, example: Any, patterns: tuple[Pattern, ...], freeze: bool, choice: Choice | None = None
 ) -> nn.Module:
     result = Report(title=type(model).__name__)
-    fused = twin(model)
-    for module in fused.modules():
+    tree = list(model.named_modules())
+    twins = twin([module for _, module in tree])
+    for module in twins:
         uninstall(module)
         module.__dict__.pop(_REPORT, None)
-    for path, module in model.named_modules():
+    for path, module in tree:
         if module._compiled_call_impl is not None:
             result.notes.append(f"{path or 'The model'} was compiled in place; the result runs it uncompiled. "
                                 "Compile the result instead.")  # fmt: skip
+    fused = twins[0]
     Compiler(patterns, result, freeze, example, choice).tree(fused)
     fused.__dict__[_REPORT] = result.settle()
     return fused

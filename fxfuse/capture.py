@@ -108,7 +108,7 @@ class _Tracer(fx.Tracer, Watcher):
         module = self.root.get_submodule(str(node.target))
         place = type(module).__module__
         known = place.startswith("torch.nn.modules.") and place.rpartition(".")[2] in _GIVES_TENSOR
-        return known or vocabulary.module_reader(module) is not None
+        return known or vocabulary.module_reader(type(module)) is not None
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         raise self.refuse(f"it branches on the value of {obj.node.name}")

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxfuse import vocabulary
 from fxfuse.capture import Captured, called_only, capture
 from fxfuse.choice import Choice
 from fxfuse.known import call_of, steps_of
@@ -261,11 +260,11 @@ class Compiler:
 
     def _note_refused(self, view: View, path: str) -> None:
         """Say which layers a pattern could have read, were it not for their hooks or parametrizations."""
-        for node in view.order:
+        for node in view.operations:  # a layer a pattern could have read has a word of the vocabulary
             layer = view.module(str(node.target)) if node.op == "call_module" else None
             if layer is not None:
                 reason = why_called_only(layer)
-                if reason is not None and (vocabulary.module_reader(layer) or vocabulary.module_kin(layer)):
+                if reason is not None:
                     note = f"'{path + '.' if path else ''}{node.target}' {reason}."
                     if note not in self.report.notes:
                         self.report.notes.append(note)

@@ -13,7 +13,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,14 +27,13 @@ _PLAIN = frozenset({bool, int, float, str, type(None)})
 _TABLES = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 
 
-def twin(module: nn.Module) -> nn.Module:
-    """The twin of ``module``.
+def twin(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The twins of a tree's modules, ``list(root.modules())``, in that order: the root's comes first.
 
     ``torch.compile(m)`` is made anew around the twin of ``m``. A module compiled in place (``m.compile()``) is not
     compiled any more. What is inside TorchScript cannot be rebuilt and is shared, its train or eval mode, too.
     """
     made: dict[int, Any] = {}
-    modules = list(module.modules())
     for m in modules:
         made[id(m)] = _empty(m)
     for m in modules:
@@ -46,7 +45,7 @@ def twin(module: nn.Module) -> nn.Module:
             made[id(m)].graph = _copy_of(m.graph)
         else:
             _compile_again(m, made)
-    return made[id(module)]
+    return [made[id(m)] for m in modules]
 
 
 def _empty(module: nn.Module) -> nn.Module:
@@ -59,15 +58,18 @@ def _empty(module: nn.Module) -> nn.Module:
 
 def _fill(original: nn.Module, copied: nn.Module, made: dict[int, Any]) -> None:
     state = copied.__dict__
+    state.update(original.__dict__)
     for key, value in original.__dict__.items():
-        kind = type(value)
-        if key == "_modules" or key == "_parameters" or key == "_buffers":
-            state[key] = {name: made.get(id(item), item) for name, item in value.items()} if value else {}
-        elif kind in _PLAIN:
-            state[key] = value
-        elif key in _TABLES and not value:  # mostly no hooks
-            state[key] = kind()
-        else:
+        if key in _TABLES:
+            if not value:  # mostly no hooks
+                state[key] = type(value)()
+            elif key == "_modules":
+                state[key] = {name: made.get(id(item), item) for name, item in value.items()}
+            elif key == "_parameters" or key == "_buffers":
+                state[key] = value.copy()
+            else:
+                state[key] = _remap(value, made)
+        elif type(value) not in _PLAIN:
             state[key] = _remap(value, made)
     state.pop("_compiled_call_impl", None)
 
@@ -126,6 +128,8 @@ def _mapping(value: Any, made: dict[int, Any]) -> Any:
 
 
 def _tuple(value: Any, made: dict[int, Any]) -> Any:
+    if _PLAIN.issuperset(map(type, value)):
+        return value
     items = tuple(_remap(item, made) for item in value)
     return items if any(a is not b for a, b in zip(items, value, strict=False)) else value
 

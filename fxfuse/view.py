@@ -90,6 +90,7 @@ class View:
         self.mode_changes: list[fx.Node] = []
         self.replaced: dict[fx.Node, fx.Node] = {}  # what holds an erased node's value
         self._modules: dict[str, nn.Module | None] = {}
+        self._kin: dict[type, tuple[vocabulary.Operation, str] | None] = {}
         for position, node in enumerate(graph.nodes):
             self.order[node] = position
             self._first_look(node)
@@ -130,7 +131,8 @@ class View:
         if path not in self._modules:
             here: Any = self.root
             for name in path.split(".") if path else ():
-                here = getattr(here, name, None)
+                children: dict[str, Any] = getattr(here, "__dict__", {}).get("_modules", {})
+                here = children[name] if name in children else getattr(here, name, None)
             self._modules[path] = here if isinstance(here, nn.Module) else None
         return self._modules[path]
 
@@ -250,15 +252,21 @@ class View:
                 self.mode_changes.append(node)
         elif kind == "call_module":
             module = self.module(str(node.target))
-            known_module = vocabulary.module_reader(module) if module is not None else None
-            kin = vocabulary.module_kin(module) if known_module is None and module is not None else None
-            if known_module is not None:
-                self.operations[node] = known_module[0].name
-            elif kin is not None and module is not None:
+            if module is None:
+                return
+            layer = type(module)
+            if layer not in self._kin:
+                self._kin[layer] = vocabulary.module_kin(layer)
+            reader, kin = vocabulary.module_reader(layer), self._kin[layer]
+            if reader is not None:
+                self.operations[node] = reader[0].name
+            elif kin is not None:
                 self.operations[node] = kin[0].name
                 self._calls[node] = f"'{node.target}' {why_called_only(module) or kin[1]}"
-            if getattr(module, "inplace", False) is True:
-                self._note_in_place(node, known_module is not None)
+            # nn.Module takes its time to say that it has no such attribute
+            has_flag = "inplace" in module.__dict__ or hasattr(layer, "inplace")
+            if has_flag and getattr(module, "inplace", False) is True:
+                self._note_in_place(node, reader is not None)
 
     def _note_in_place(self, node: fx.Node, certain: bool) -> None:
         if not certain and node.op != "call_module":
@@ -350,7 +358,7 @@ class View:
         refusal = why_called_only(module)
         if refusal is not None:
             raise Unreadable(f"'{path}' {refusal}")
-        reader = vocabulary.module_reader(module)
+        reader = vocabulary.module_reader(type(module))
         assert reader is not None
         op, values = reader
         args = dict(values(module))

@@ -115,18 +115,20 @@ def attribute_spelling(name: str) -> Spelling | None:
     return _ATTRIBUTES.get(name)
 
 
-def module_reader(module: nn.Module) -> tuple[Operation, Callable[[Any], dict[str, Any]]] | None:
-    """How to read a call of this very module type (subclasses may do anything, so they are not read)."""
-    return _MODULES.get(type(module))
+def module_reader(kind: type[nn.Module]) -> tuple[Operation, Callable[[Any], dict[str, Any]]] | None:
+    """How to read a call of a module of this very type (subclasses may do anything, so they are not read)."""
+    return _MODULES.get(kind)
 
 
-def module_kin(module: nn.Module) -> tuple[Operation, str] | None:
-    """The operation a module looks like without being it, and why it is not read: for near misses."""
+def module_kin(kind: type[nn.Module]) -> tuple[Operation, str] | None:
+    """The operation a type of modules looks like without being it, and why it is not read: for near misses."""
+    if kind in _MODULES:
+        return None
     for known, (op, _) in _MODULES.items():
-        if isinstance(module, known):
-            return op, f"is a {type(module).__name__}, a subclass of {known.__name__} that may compute something else"
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return OPERATIONS["batch_norm1d_module"], f"is a {type(module).__name__}, not a BatchNorm1d"
+        if issubclass(kind, known):
+            return op, f"is a {kind.__name__}, a subclass of {known.__name__} that may compute something else"
+    if issubclass(kind, nn.modules.batchnorm._BatchNorm):
+        return OPERATIONS["batch_norm1d_module"], f"is a {kind.__name__}, not a BatchNorm1d"
     return None
 
 

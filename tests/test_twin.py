@@ -170,7 +170,7 @@ class Tangle(nn.Module):
 
 def test_references_to_modules_follow():
     model = Tangle()
-    copied = twin(model)
+    copied = twin(list(model.modules()))[0]
     assert copied.order[0] is copied.bn and copied.order[1]["a"] is copied.a
     assert copied.bound.__self__ is copied and copied.__dict__["parent"] is copied
     assert model.order[0] is model.bn and model.bound.__self__ is model
@@ -182,7 +182,7 @@ def test_references_to_modules_follow():
 def test_shared_lists_stay_shared_in_the_twin():
     a, b = Plain(), Plain()
     a.log = b.log = []
-    copied = twin(nn.Sequential(a, b))
+    copied = twin([*nn.Sequential(a, b).modules()])[0]
     assert copied[0].log is copied[1].log and copied[0].log is not a.log
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxfuse.bench.accuracy import Result, in_float64
 from fxfuse.bench.limits import PRECISION_DTYPE
+from fxfuse.bench.sweeps import SWEEPS
 from fxfuse.bench.workloads import WORKLOADS, Shape, Workload
 
 MODES = ("fwd", "fwdbwd")
@@ -63,16 +64,18 @@ def plan(
     precisions: Sequence[str],
     modes: Sequence[str],
     device: torch.device,
+    sweep: bool = False,
 ) -> list[Case]:
     """The cases in the order they are measured.
 
-    `shapes` (None: the workload's own) go to the workloads with as many dimensions. TF32 concerns matrix products
-    alone and is left out elsewhere, as is a mode a workload does not have. ValueError when nothing is left.
+    `shapes` (None: the workload's own, or with `sweep` those of `sweeps`) go to the workloads with as many dimensions.
+    TF32 concerns matrix products alone and is left out elsewhere, as is a mode a workload does not have. ValueError
+    when nothing is left.
     """
     cases = [
         Case(workload, shape, precision, mode)
         for workload in (WORKLOADS[name] for name in workloads)
-        for shape in (workload.sizes[device.type] if shapes is None else shapes)
+        for shape in shapes or (SWEEPS[workload.name] if sweep else workload.sizes[device.type])
         if len(shape) == len(workload.dims.split(","))
         for precision in precisions
         if precision != "tf32" or workload.has_product

@@ -90,7 +90,10 @@ def _prepare(setup: Setup, name: str, reference: accuracy.Result, effort: Effort
     model = setup.fresh_model()
     rival = rivals.RIVALS[name]
     callee = rival.prepare(model, setup.case.workload)
-    if rival.cuda_graphs and effort.device.type == "cuda":
+    if rival.yardstick:
+        assert isinstance(callee, torch.nn.Module)
+        runner = Runner(setup, callee, callee)
+    elif rival.cuda_graphs and effort.device.type == "cuda":
         # Without the mark, a graph's outputs of the last call are taken as still wanted.
         runner = Runner(setup, model, callee, before_call=torch.compiler.cudagraph_mark_step_begin)
     else:
@@ -98,13 +101,14 @@ def _prepare(setup: Setup, name: str, reference: accuracy.Result, effort: Effort
     row = empty_row(setup.case, name, "ok")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch._inductor")
-        row |= accuracy.errors(runner.result(), reference)
+        if not rival.yardstick:
+            row |= accuracy.errors(runner.result(), reference)
         if not all(math.isfinite(value) for key, value in row.items() if key.endswith("error")):
             raise ArithmeticError("the result is wrong: not finite, or not of the reference's shape")
         for i in range(2):
             runner.step(i)
         row["peak_bytes"] = memory.peak_bytes(lambda: runner.step(2), effort.device, graph_pool)
-    if name == "fxfuse":
+    if name in ("fxfuse", "frozen"):
         row["replaced"] = rivals.replaced_patterns(callee)
     return row, runner
 

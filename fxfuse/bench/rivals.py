@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.bench.workloads import DISTILLATION_TEMPERATURE, Workload
+from fxfuse.bench.workloads import DISTILLATION_TEMPERATURE, MatmulDivSumScale, Workload
 
 Callee = Callable[..., Tensor]
 Prepare = Callable[[nn.Module, Workload], Callee]
@@ -28,23 +28,25 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Rival:
-    """One competitor: its name on the command line, its heading, how it prepares a model, and whether what it makes
-    replays CUDA graphs (then every call has to be told apart from the last)."""
+    """One competitor: its name on the command line, its heading, how it prepares a model; whether what it makes replays
+    CUDA graphs (then every call has to be told apart from the last); and whether it is a yardstick: a module of its own
+    that computes less than the workload, so that its result is not compared."""
 
     name: str
     title: str
     prepare: Prepare
     cuda_graphs: bool = False
+    yardstick: bool = False
 
 
 RIVALS: dict[str, Rival] = {}
 
 
-def rival(name: str, title: str, cuda_graphs: bool = False) -> Callable[[Prepare], None]:
+def rival(name: str, title: str, **how: bool) -> Callable[[Prepare], None]:
     """Register the decorated function as a rival."""
 
     def register(prepare: Prepare) -> None:
-        RIVALS[name] = Rival(name, title, prepare, cuda_graphs)
+        RIVALS[name] = Rival(name, title, prepare, **how)
 
     return register
 
@@ -85,6 +87,51 @@ def _liger(model: nn.Module, workload: Workload) -> Callee:
         return divergence(log_q, torch.softmax(teacher / temperature, dim=-1)) * temperature**2
 
     return distillation
+
+
+class BareProduct(nn.Module):
+    """x[M, K] -> x Wᵀ as [M, N], W of a workload's Linear."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight)
+
+
+@rival("product", "the bare product", yardstick=True)
+def _product(model: nn.Module, workload: Workload) -> Callee:
+    """The library's product alone, three of them with the backward: what a fused epilogue should cost."""
+    linear = getattr(model, "linear", None)
+    if linear is None:
+        raise Unavailable("n/a", "the workload has no product of its own shape")
+    return BareProduct(linear.weight)
+
+
+class TwoStep(nn.Module):
+    """The collapse x · ΣⱼWⱼ in PyTorch's own operations: what the algebra alone gains."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight.sum(0, keepdim=True).T) * 0.75
+
+
+@rival("two-step", "collapsed in eager")
+def _two_step(model: nn.Module, workload: Workload) -> Callee:
+    if not isinstance(model, MatmulDivSumScale):
+        raise Unavailable("n/a", "nothing collapses")
+    return TwoStep(model.weight)
+
+
+@rival("frozen", "fxfuse, freeze=True")
+def _frozen(model: nn.Module, workload: Workload) -> Callee:
+    if not isinstance(model, MatmulDivSumScale):
+        raise Unavailable("n/a", "nothing of it depends on weights alone")
+    return fxfuse.optimize(model, freeze=True)
 
 
 @rival("fxfuse", "fxfuse")

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fxfuse always runs, eager is the ratio's base)"
     )  # fmt: skip
     parser.add_argument("--shapes", type=_shapes, metavar="M,N,K;...", help="your own sizes; M,N for divergences")
+    parser.add_argument("--sweep", action="store_true", help="many sizes: small, tall, flat and odd ones")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, after every case")
     parser.add_argument("--append", action="store_true", help="keep the cases in FILE that this run does not measure")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there (PNG; needs matplotlib)")
@@ -113,6 +114,7 @@ def main(args: argparse.Namespace, command: Sequence[str]) -> int:
             args.precision or DEFAULT_PRECISIONS[device.type],
             args.mode or MODES,
             device,
+            args.sweep,
         )
     except ValueError as error:
         print(f"fxfuse bench: {error}", file=sys.stderr)
@@ -150,7 +152,7 @@ def main(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     run_cases(cases, names, device, document, rounds=rounds, seed=args.seed, budget=args.budget, keep=keep)
 
-    print(terminal.show(document))
+    print(terminal.show_sweep(document) if args.sweep else terminal.show(document))
     if args.json:
         print(f"\nresults: {args.json}")
     if args.plot:

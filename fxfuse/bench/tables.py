@@ -6,7 +6,8 @@ A page says where a table goes and what is in it:
     <!-- /bench:NAME -->
 
 NAME is benchmarks/NAME.json. `workload`, `precision`, `mode` take comma-separated names and default to all; `view` is
-`summary` (a row per case, the default), `full` (a row per rival), `memory` or `error`. `python -m fxfuse.bench.tables`
+`summary` (a row per case, the default), `full` (a row per rival), `memory`, `error` or `sweep` (where fxfuse is least
+ahead of each rival). `python -m fxfuse.bench.tables`
 writes the tables (and the plots docs/images/bench-NAME.png, where matplotlib is installed); with --check it only says
 what is out of date and exits with 1.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ from fxfuse.bench.rivals import RIVALS
 from fxfuse.bench.workloads import WORKLOADS
 
 Document = dict[str, Any]
+OURS = ("fxfuse", "fxfuse-compile", "frozen")
 
 MARKER = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w.-]+)(?P<options>(?: \w+=[\w.,-]+)*) -->\n)"
@@ -120,8 +123,44 @@ def _one_measure(key: str, show: Callable[[float | None], str]) -> Callable[...,
     return view
 
 
+def sweep(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
+    """A row per workload, precision, mode and rival: over how many shapes, and where fxfuse is least ahead of it."""
+    groups: dict[tuple[str, str, str, str], list[tuple[float, float | None, tuple[int, ...]]]] = {}
+    for (workload, shape, precision, mode), rivals in cases.items():
+        ours = rivals.get("fxfuse")
+        for name, row in rivals.items():
+            if name in OURS or not ours or ours["status"] != "ok" or row["status"] != "ok":
+                continue
+            gpu = row["gpu_ms"] / ours["gpu_ms"] if "gpu_ms" in row and "gpu_ms" in ours else None
+            ratios = groups.setdefault((workload, precision, mode, name), [])
+            ratios.append((row["median_ms"] / ours["median_ms"], gpu, shape))
+    headings = ["workload", "precision", "mode", "against", "shapes", "least", "at", "median", "most",
+                "GPU least", "GPU at"]  # fmt: skip
+    lines = []
+    for (workload, precision, mode, name), ratios in groups.items():
+        least = min(ratios)
+        on_gpu = min(((gpu, shape) for _, gpu, shape in ratios if gpu is not None), default=None)
+        lines.append(
+            [
+                WORKLOADS[workload].title if workload in WORKLOADS else workload,
+                precision,
+                mode,
+                RIVALS[name].title if name in RIVALS else name,
+                str(len(ratios)),
+                ratio(least[0]),
+                format_shape(least[2]),
+                ratio(statistics.median(r for r, _, _ in ratios)),
+                ratio(max(ratios)[0]),
+                ratio(on_gpu[0] if on_gpu else None),
+                format_shape(on_gpu[1]) if on_gpu else DASH,
+            ]
+        )
+    return headings, lines
+
+
 VIEWS = {
     "summary": _summary,
+    "sweep": sweep,
     "full": _full,
     "memory": _one_measure("peak_bytes", size),
     "error": _one_measure("error", error),

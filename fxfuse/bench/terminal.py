@@ -36,7 +36,7 @@ def show(document: Document) -> str:
                     percent(row["share_of_limit"]),
                     milliseconds(row.get("gpu_ms")),
                     size(row["peak_bytes"]),
-                    error(row["error"]),
+                    error(row.get("error")),
                     error(row.get("grad_error")),
                 ]
             )
@@ -53,6 +53,21 @@ def show(document: Document) -> str:
         title = case_title(key) + (f" (limit {milliseconds(limit)} ms)" if limit else "")
         blocks.append("\n".join([title, table, *(_wrap(note) for note in notes)]))
     return "\n\n".join(blocks)
+
+
+def show_sweep(document: Document) -> str:
+    """Many cases in a line per workload, precision and mode, and the cases that failed."""
+    from fxfuse.bench.tables import sweep
+
+    headings, lines = sweep(by_case(document["results"]))
+    failed = [row for row in document["results"] if row["status"] == "failed"]
+    notes = [_wrap(f"{row['rival']} failed at {row['workload']} {row['shape']} {row['precision']} {row['mode']}: "
+                   f"{row['reason']}") for row in failed]  # fmt: skip
+    skipped = len({(r["workload"], *r["shape"], r["precision"], r["mode"]) for r in document["results"]
+                   if r["status"] == "skipped"})  # fmt: skip
+    if skipped:
+        notes.append(_wrap(f"{skipped} cases were skipped: the budget was spent"))
+    return "\n".join([_head(document), "", tabulate(lines, headings, disable_numparse=True), *notes])
 
 
 def _head(document: Document) -> str:

@@ -1,11 +1,13 @@
 """Times of several callables taken side by side, so that drift of the machine falls on all of them alike.
 
-CUDA: events around a group of calls, so host time counts only where the GPU has to wait for it, as for a user.
+CUDA: events around a group of calls long enough for the host to run ahead, as it does in a training loop: host time
+counts only where the GPU has to wait for it.
 CPU: `time.perf_counter`. Each round times every callable once, beginning with another one each round.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +15,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-GROUP_MS = {"cuda": 2.0, "cpu": 5.0}  # a timed group of calls lasts at least about this long
-MAX_GROUP = 100
+GROUP_MS = {"cuda": 10.0, "cpu": 5.0}  # a timed group of calls lasts at least about this long
+MAX_GROUP = 200
 
 Step = Callable[[int], None]  # called with the running number of the call, which picks the input set
 
@@ -95,7 +97,7 @@ def time_together(
             if time.perf_counter() > deadline:
                 break
         once = clock.group_ms(step, 1)
-        group[name] = max(1, min(MAX_GROUP, int(GROUP_MS[device.type] / max(once, 1e-3))))
+        group[name] = max(1, min(MAX_GROUP, math.ceil(GROUP_MS[device.type] / max(once, 1e-3))))
 
     samples: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)

@@ -165,7 +165,9 @@ def column_sums(weight: Tensor) -> Tensor:
     return total
 
 
-_SPAN = 256  # terms of one partial dot product: many short sums in float32 err less than one long one
+#: terms of one partial dot product, and how many there are at most: short sums in float32 err less than one long one,
+#: and each costs a call
+_SPAN, _SPANS = 256, 16
 
 
 def _dot(x: Tensor, v: Tensor) -> Tensor:
@@ -178,7 +180,8 @@ def _dot(x: Tensor, v: Tensor) -> Tensor:
     elif v.dtype == torch.float64 or v.numel() <= _SPAN:
         out = torch.mv(rows, v)
     else:
-        spans = zip(rows.split(_SPAN, 1), v.split(_SPAN), strict=True)
+        span = max(_SPAN, -(-v.numel() // _SPANS))
+        spans = zip(rows.split(span, 1), v.split(span), strict=True)
         out = torch.stack([torch.mv(a, b) for a, b in spans]).sum(0, dtype=torch.float64).to(v.dtype)
     return out.view(x.shape[:-1])
 
@@ -225,6 +228,8 @@ def direct(x: Tensor, weight: Tensor, *others: object) -> str:
     columns = weight.size(0) if weight.dim() == 2 else 0
     if x.numel() * columns < 1 << 19 or (columns < 48 and x.dtype in HALF):
         return "the product itself is small"
+    if x.numel() <= 2 * x.size(-1):
+        return "a product of one or two rows reads the weight once, too"
     return ""
 
 
