@@ -199,7 +199,7 @@ def variant_of(
         from fxfuse.freeze import freeze_graph
 
         freeze_graph(captured.graph)
-    run = compile_graph(captured.graph)
+    run = compile_graph(captured.graph, captured.root)
     if captured.is_function:  # the tensors it closes over live in the root made for it
         run = functools.partial(_run_function, run, captured.root)
     return Variant(run, captured.assumed.check(), len(done))

@@ -7,6 +7,7 @@ So deepcopy, pickle and replication carry it along, and a loaded copy traces its
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -70,13 +71,14 @@ class Plan:
     where: str = ""
 
     def __call__(self, owner: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call: by the graph that fits, else by ``original``."""
-        if not kwargs and len(args) == len(self.signature.names) == self.signature.positional:
+        """Run a call: by the graph that fits, else by ``original``: a forward of the owner, or a function."""
+        signature = self.signature
+        if not kwargs and len(args) == signature.arity:
             values: list[Any] | tuple[Any, ...] | None = args
         else:
-            values = self.signature.bind(args, kwargs)
+            values = signature.bind(args, kwargs)
         if values is None or hooked_everywhere():
-            return original(*args, **kwargs)
+            return _as_written(owner, original, args, kwargs)
         kinds = tuple([TENSOR if isinstance(v, torch.Tensor) else kind_of(v) for v in values])
         for variant in self.variants.get(kinds, ()):
             if variant.holds(owner):
@@ -84,10 +86,10 @@ class Plan:
         else:
             found = self._another(owner, kinds, values)
             if found is None:
-                return original(*args, **kwargs)
+                return _as_written(owner, original, args, kwargs)
             variant = found
         if variant.run is None:
-            return original(*args, **kwargs)
+            return _as_written(owner, original, args, kwargs)
         return variant.run(owner, *[v for v, k in zip(values, kinds, strict=False) if k is TENSOR or k is NUMBER])
 
     def _another(self, owner: Any, kinds: tuple[Any, ...], values: Sequence[Any]) -> Variant | None:
@@ -128,6 +130,10 @@ class Plan:
         self.variants, self.chosen, self.function = {}, (), None
 
 
+def _as_written(owner: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return original(*args, **kwargs) if owner is None else original(owner, *args, **kwargs)
+
+
 def hooked_everywhere() -> bool:
     """Whether a hook is registered for every module of the process: a graph would not run it for what it fused."""
     return bool(
@@ -138,14 +144,32 @@ def hooked_everywhere() -> bool:
     )
 
 
-def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+def compile_graph(graph: fx.Graph, root: nn.Module) -> Callable[..., Any]:
     """The graph as a Python function ``forward(self, *inputs)``; its source is kept for tracebacks."""
     code = graph.python_code("self", verbose=False)
     namespace = dict(code.globals)
-    exec(compile(code.src, "<fxfuse forward>", "exec"), namespace)
+    source = code.src
+    for path in {str(node.target) for node in graph.nodes if node.op == "get_attr"}:
+        source = re.sub(rf"= self\.{re.escape(path)}(?![\w.\[(])", f"= {_reach(path, root)}", source)
+    exec(compile(source, "<fxfuse forward>", "exec"), namespace)
     function = namespace["forward"]
-    function.__fxfuse_source__ = code.src
+    function.__fxfuse_source__ = source
     return function
+
+
+def _reach(path: str, root: nn.Module) -> str:
+    """Source of an attribute by its path from ``self``: where it lies in a table of nn.Module, out of that, for its own
+    way takes several times as long."""
+    *owners, name = path.split(".")
+    here, owner = "self", root
+    for step in owners:
+        if step not in owner._modules:
+            return f"self.{path}"
+        here, owner = f"{here}._modules[{step!r}]", owner._modules[step]  # type: ignore[assignment]
+    for table in ("_parameters", "_buffers", "_modules"):
+        if name in getattr(owner, table):  # replicas of DataParallel hold their tensors as plain attributes
+            return f"_m.{table}[{name!r}] if {name!r} in (_m := {here}).{table} else _m.{name}"
+    return f"self.{path}"
 
 
 # --- modules that run by a plan ------------------------------------------------------------------------------------
@@ -184,7 +208,7 @@ def fused_class(original: Any) -> type:
         plan = self.__dict__.get(_ATTRIBUTE)
         if plan is None:  # made by calling the class
             return original.forward(self, *args, **kwargs)
-        return plan(self, lambda *a, **k: original.forward(self, *a, **k), args, kwargs)
+        return plan(self, original.forward, args, kwargs)
 
     def reduce(self: Any, protocol: Any = None) -> Any:
         return _rebuild, (original,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__

@@ -38,6 +38,8 @@ class Signature:
         self.names = tuple(p.name for p in parameters)
         self.keyword_only = frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
         self.positional = len(self.names) - len(self.keyword_only)
+        #: how many arguments a call gives that needs no binding; -1 where there is no such call
+        self.arity = -1 if self.keyword_only else len(self.names)
         self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         self.annotations = {p.name: p.annotation for p in parameters}
 

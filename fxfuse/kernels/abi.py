@@ -10,7 +10,7 @@ import ctypes
 
 import torch
 
-__all__ = ["DOUBLE", "DTYPE_CODE", "FLOAT", "I64", "INT", "PTR", "pointer", "stream"]
+__all__ = ["DOUBLE", "DTYPE_CODE", "FLOAT", "I64", "INT", "PTR", "any_other_layout", "pointer", "stream"]
 
 #: dtype -> code of ``enum DType`` in ``common.cuh``. A dtype that is missing has no kernel.
 DTYPE_CODE: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -20,6 +20,14 @@ I64 = ctypes.c_int64
 INT = ctypes.c_int
 FLOAT = ctypes.c_float
 DOUBLE = ctypes.c_double
+
+
+def any_other_layout(*tensors: torch.Tensor | None) -> bool:
+    """Whether a tensor can't be read through its pointer as it is: not strided, or with a negation pending."""
+    for t in tensors:  # noqa: SIM110 (any() takes twice as long)
+        if t is not None and (t.layout is not torch.strided or t.is_neg()):
+            return True
+    return False
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

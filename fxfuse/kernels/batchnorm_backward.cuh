@@ -9,7 +9,7 @@
 
 namespace fxfuse {
 
-// partials[block of rows, column] = (S, P). saved: [2, columns], of which the first row is the mean of acc.
+// partials[block of rows, column] = (S, P). saved: [3, columns], of which the first row is the mean of acc.
 template <typename Dy, typename T, int V>
 __global__ void __launch_bounds__(kPassThreads)
 backward_sums_kernel(const Dy* dy, const T* acc, const float* saved, float2* partials, int64_t rows, int64_t columns,
@@ -52,18 +52,24 @@ backward_sums_kernel(const Dy* dy, const T* acc, const float* saved, float2* par
 struct BackwardState {
   LinearScale linear;
   BatchNormAffine norm;
-  const float* saved;                    // [2, columns]: mean of acc, rstd
-  ColumnOutput d_gamma, d_beta, d_scale; // null: not wanted. d_scale: by s itself
+  const float* saved;  // [3, columns]: mean of acc, rstd, and what rounding left out of the mean
+  // null: not wanted. d_bias is zero; d_s by s itself, d_scale by one scale a column.
+  ColumnOutput d_gamma, d_beta, d_bias, d_s, d_scale;
   int64_t rows, columns;
 
   // Writes the parameters' gradients; d acc = dy * x + y - (acc - mean) * z of the three numbers returned.
   __device__ __forceinline__ float3 finish_column(int64_t c, float sum, float product) const {
     const float s = linear.s(c), rstd = saved[columns + c], gamma = norm.gamma.at(c, 1.f), inverse = 1.f / float(rows);
+    const float rest = saved[2 * columns + c];
+    product = fmaf(-rest, sum, product);
+    const float by_s = gamma * norm.eps * rstd * rstd * rstd * product;
     d_gamma.set(c, s * rstd * product);
     d_beta.set(c, sum);
-    d_scale.set(c, gamma * norm.eps * rstd * rstd * rstd * product);
-    const float slope = s * gamma * rstd, tilt = s * rstd;
-    return {slope, -slope * sum * inverse, slope * tilt * tilt * product * inverse};
+    d_bias.set(c, 0.f);
+    d_s.set(c, by_s);
+    d_scale.set(c, by_s * linear.multiplier / linear.divisor.at(c, 1.f));
+    const float slope = s * gamma * rstd, tilt = s * rstd, by_distance = slope * tilt * tilt * product * inverse;
+    return {slope, fmaf(rest, by_distance, -slope * sum * inverse), by_distance};
   }
 };
 

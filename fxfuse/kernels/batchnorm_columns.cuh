@@ -70,7 +70,7 @@ struct TrainState {
   BatchNormAffine norm;
   ColumnOutput running_mean, running_var;  // null: not tracked
   float momentum;
-  float* saved;  // [2, columns]: mean of acc, rstd; for the backward pass
+  float* saved;  // [3, columns]: mean of acc, rstd, and what rounding left out of the mean; for the backward pass
   int64_t columns;
 
   // What a column's statistics are combined with; loaded early where latency counts.
@@ -83,12 +83,13 @@ struct TrainState {
   __device__ __forceinline__ float rstd(const Known& k, const Moments& m) const {
     return rsqrtf(k.s * k.s * (m.m2 / m.count) + norm.eps);
   }
-  // The column's map.
-  __device__ __forceinline__ ColumnMap map(const Known& k, const Moments& m) const {
-    return {1.f, -m.mean, k.gamma * k.s * rstd(k, m), k.beta};
+  // The column's map. The mean is m.mean + rest: of few rows with a large mean its rounding would be all the error.
+  __device__ __forceinline__ ColumnMap map(const Known& k, const Moments& m, float rest = 0.f) const {
+    const float slope = k.gamma * k.s * rstd(k, m);
+    return {1.f, -m.mean, slope, fmaf(-rest, slope, k.beta)};
   }
   // Updates the running statistics (torch's rules: unbiased variance) and saves.
-  __device__ __forceinline__ void record(int64_t c, const Known& k, const Moments& m) const {
+  __device__ __forceinline__ void record(int64_t c, const Known& k, const Moments& m, float rest = 0.f) const {
     if (running_mean.data != nullptr) {
       const float z_mean = k.s * (m.mean + linear.bias.at(c, 0.f));
       const float unbiased = k.s * k.s * (m.m2 / (m.count - 1.f));
@@ -97,11 +98,12 @@ struct TrainState {
     }
     saved[c] = m.mean;
     saved[columns + c] = rstd(k, m);
+    saved[2 * columns + c] = rest;
   }
-  __device__ __forceinline__ ColumnMap finish_column(int64_t c, const Moments& m) const {
+  __device__ __forceinline__ ColumnMap finish_column(int64_t c, const Moments& m, float rest = 0.f) const {
     const Known k = known(c);
-    record(c, k, m);
-    return map(k, m);
+    record(c, k, m, rest);
+    return map(k, m, rest);
   }
 };
 

@@ -180,7 +180,7 @@ train_columns_kernel(const In* x, Out* out, TrainState state, int64_t rows) {
   const int lane = threadIdx.x % LANES, row_lane = threadIdx.x / LANES, warp = threadIdx.x / kWarp;
   const int64_t column = (int64_t(blockIdx.x) * LANES + lane) * V;
   const bool inside = column < columns;
-  __shared__ float shared[2][kWarps][LANES * V];
+  __shared__ float shared[3][kWarps][LANES * V];  // sums; squares of distances; distances, which rounding leaves
   __shared__ float maps[3][LANES * V];
 
   Slice<In, V> values[ROWS];
@@ -191,7 +191,7 @@ train_columns_kernel(const In* x, Out* out, TrainState state, int64_t rows) {
   float mean[V] = {};
 #pragma unroll
   for (int pass = 0; pass < 2; ++pass) {
-    float sum[V] = {};
+    float sum[V] = {}, left[V] = {};
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       if (!inside || row_lane + r * kStride >= rows) continue;
@@ -199,13 +199,20 @@ train_columns_kernel(const In* x, Out* out, TrainState state, int64_t rows) {
       for (int i = 0; i < V; ++i) {
         const float d = values[r].get(i) - mean[i];
         sum[i] = pass == 0 ? sum[i] + d : fmaf(d, d, sum[i]);
+        left[i] += d;
       }
     }
 #pragma unroll
     for (int i = 0; i < V; ++i) {
 #pragma unroll
-      for (int step = LANES; step < kWarp; step *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
-      if (threadIdx.x % kWarp < LANES) shared[pass][warp][lane * V + i] = sum[i];
+      for (int step = LANES; step < kWarp; step *= 2) {
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
+        if (pass == 1) left[i] += __shfl_xor_sync(0xffffffffu, left[i], step);
+      }
+      if (threadIdx.x % kWarp < LANES) {
+        shared[pass][warp][lane * V + i] = sum[i];
+        if (pass == 1) shared[2][warp][lane * V + i] = left[i];
+      }
     }
     __syncthreads();
     if (pass == 0) {
@@ -222,13 +229,17 @@ train_columns_kernel(const In* x, Out* out, TrainState state, int64_t rows) {
     const int64_t c = int64_t(blockIdx.x) * LANES * V + threadIdx.x;
     if (c < columns) {
       Moments m{float(rows), 0.f, 0.f};
+      float left = 0.f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         m.mean += shared[0][w][threadIdx.x];
         m.m2 += shared[1][w][threadIdx.x];
+        left += shared[2][w][threadIdx.x];
       }
       m.mean /= float(rows);
-      const ColumnMap map = state.finish_column(c, m);
+      const float rest = left / float(rows), m2 = m.m2 - left * rest;
+      m.m2 = m2 < 0.f ? 0.f : m2;  // max would turn NaN into 0
+      const ColumnMap map = state.finish_column(c, m, rest);
       maps[0][threadIdx.x] = map.e;
       maps[1][threadIdx.x] = map.g;
       maps[2][threadIdx.x] = map.b;

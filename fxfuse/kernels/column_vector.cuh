@@ -52,7 +52,7 @@ struct ColumnOutput {
 
   __device__ __forceinline__ void set(int64_t column, float x) const {
     if (data == nullptr) return;
-    switch (code) {
+    switch (code & ~kOneForAll) {
       case kFloat16: static_cast<__half*>(data)[column] = __float2half_rn(x); break;
       case kBFloat16: static_cast<__nv_bfloat16*>(data)[column] = __float2bfloat16_rn(x); break;
       default: static_cast<float*>(data)[column] = x;

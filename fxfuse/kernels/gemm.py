@@ -8,10 +8,10 @@ import os
 import torch
 from torch import Tensor
 
-from fxfuse.kernels.abi import DTYPE_CODE
+from fxfuse.kernels.abi import DTYPE_CODE, any_other_layout
 from fxfuse.kernels.loader import library
 
-__all__ = ["is_hopper", "rows", "tf32_allowed", "why_not_kernels", "why_not_product"]
+__all__ = ["is_hopper", "launches_dominate", "rows", "tf32_allowed", "why_not_kernels", "why_not_product"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -41,12 +41,12 @@ def why_not_kernels(x: Tensor, *others: Tensor | None) -> str | None:
         return f"no kernel for {x.device.type}"
     if x.dtype not in DTYPE_CODE:
         return f"no kernel for {x.dtype}"
-    device = x.device
+    index = x.get_device()
     for t in others:
-        if t is not None and (t.device != device or t.is_neg()):
+        if t is not None and t.get_device() != index:
             return "not all on one CUDA device"
-    if x.is_neg():
-        return "a negation is pending"
+    if any_other_layout(x, *others):
+        return "a layout that is not strided, or a pending negation"
     return None if library() is not None else "the CUDA kernels are not there"
 
 
@@ -92,5 +92,26 @@ def why_not_product(x: Tensor, weight: Tensor) -> str | None:
 def pays(m: int, n: int, k: int) -> bool:
     """Whether the Hopper GEMM is expected to be at least as fast as the library's: a rule drawn from a dozen measured
     sizes (see docs/kernels-gemm.md), not a table of all."""
-    tiles = -(-m // 256) * 2 * -(-n // 256)
-    return m >= 256 and k >= 512 and tiles >= 100
+    columns = -(-n // 256)
+    return m >= 256 and k >= 512 and -(-m // 256) * 2 * columns >= 100 and 256 * columns <= n + n // 4
+
+
+_LAUNCH_US = 250.0  # what a training step of a fused op costs the host, above what eager's own backward costs it
+_RATE = {torch.float16: 600e6, torch.bfloat16: 600e6}  # operations a microsecond that the library reaches
+_BANDWIDTH = 4e6  # bytes a microsecond
+
+
+def launches_dominate(x: Tensor, weight: Tensor, passes: int) -> str:
+    """Why a training step of x [..., K] and weight [N, K] goes by eager's own operations: they keep the device busy for
+    so short a time that what counts is the host's, where autograd in C++ beats a Python function. "" where the device
+    counts, and while a CUDA graph is captured, which replays without the host.
+
+    passes: memory passes over [..., N] that eager makes behind its three products.
+    """
+    if weight.dim() != 2 or torch.cuda.is_current_stream_capturing():
+        return ""
+    n, k = weight.shape
+    m = x.numel() // max(k, 1)
+    rate = _RATE.get(x.dtype) or (300e6 if tf32_allowed() else 50e6)
+    busy = 6 * m * n * k / rate + passes * m * n * x.element_size() / _BANDWIDTH
+    return "" if busy > _LAUNCH_US else "a step this small is bound by the host, where autograd in C++ is quicker"

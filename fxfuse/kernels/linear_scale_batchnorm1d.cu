@@ -95,7 +95,7 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_product(const void* x, const void
   return 0;
 }
 
-// Training in one kernel: out[m, n] normalised, running statistics updated, saved[2, n] written, and where acc is not null
+// Training in one kernel: out[m, n] normalised, running statistics updated, saved[3, n] written, and where acc is not null
 // acc[m, n] = x weight^T. For at most 1024 rows. partials[ceil(m / 64), n] float pairs and arrived[ceil(n / 128)] ints are
 // scratch.
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train(const void* x, const void* weight, void* out, void* acc, void* partials,
@@ -171,7 +171,7 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_statistics(const void* acc, void*
   return 0;
 }
 
-// Training on a finished product: running statistics updated, saved[2, columns] written, out normalised; out may be acc.
+// Training on a finished product: running statistics updated, saved[3, columns] written, out normalised; out may be acc.
 // partials of `block_rows` rows each (64 after _product, _block_rows after _statistics); maps[3, columns] is scratch.
 // partials null: all in one launch from acc alone, for up to 1024 rows; maps is not used.
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train_apply(const void* acc, void* out, const void* partials,
@@ -215,21 +215,22 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train_apply(const void* acc, void
   return 0;
 }
 
-// Backward in training: d_acc (may be dy or acc, where the dtypes agree) and, where not null, d_gamma, d_beta (dtypes by
-// their codes) and d_scale[columns] (float32, by the whole factor s). partials[ceil(rows / _block_rows), columns] float pairs
+// Backward in training: d_acc (may be dy or acc, where the dtypes agree) and, where not null, d_gamma, d_beta, d_bias (zeros)
+// and d_scale (of one scale a column) in the dtypes of gamma, beta, bias and scale, and d_s[columns] (float32, by the whole
+// factor s). partials[ceil(rows / _block_rows), columns] float pairs
 // and maps[3, columns] are scratch. dy has out's dtype, acc and d_acc the product's.
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_backward(const void* dy, const void* acc, const void* saved, void* d_acc,
                                                         void* partials, void* maps, void* d_gamma, void* d_beta,
-                                                        void* d_scale, int64_t rows, int64_t columns, FXFUSE_LINEAR_SCALE,
-                                                        FXFUSE_BATCHNORM, int dtype, int out_dtype, int device,
-                                                        void* stream) {
+                                                        void* d_bias, void* d_s, void* d_scale, int64_t rows,
+                                                        int64_t columns, FXFUSE_LINEAR_SCALE, FXFUSE_BATCHNORM, int dtype,
+                                                        int out_dtype, int device, void* stream) {
   if (rows == 0 || columns == 0) return 0;
   FXFUSE_ON_DEVICE(device, props);
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t block_rows = reduction_rows(rows), step = pass_rows(rows);
   const float* kept = static_cast<const float*>(saved);
   const BackwardState state{FXFUSE_LINEAR_SCALE_VALUE, FXFUSE_BATCHNORM_VALUE, kept, {d_gamma, gamma_code},
-                            {d_beta, beta_code}, {d_scale, kFloat32}, rows, columns};
+                            {d_beta, beta_code}, {d_bias, bias_code}, {d_s, kFloat32}, {d_scale, scale_code}, rows, columns};
   FXFUSE_DISPATCH_PAIR(dtype, out_dtype, T, Dy, {
     with_width<T>(columns, aligned16(dy) && aligned16(acc) && aligned16(d_acc), [&](auto v) {
       constexpr int V = decltype(v)::value;

@@ -14,7 +14,10 @@ from fxfuse.kernels import gemm
 from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, PTR, pointer, stream
 from fxfuse.kernels.loader import library
 
-__all__ = ["Columns", "backward", "eval_apply", "eval_product", "one_kernel", "train", "train_apply", "train_product"]
+__all__ = [
+    "Columns", "Gradients", "backward", "eval_apply", "eval_product", "one_kernel", "train", "train_apply",
+    "train_product",
+]  # fmt: skip
 
 _NAME = "fxfuse_linear_scale_batchnorm1d_"
 _ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
@@ -38,10 +41,21 @@ class Columns(NamedTuple):
     eps: float
 
     def arguments(self) -> tuple[Any, ...]:
+        bias, scale, divisor, alpha, weight, shift, eps = self
         return (
-            *_vector(self.bias), *_vector(self.scale), *_vector(self.divisor), self.alpha,
-            *_vector(self.weight), *_vector(self.shift), self.eps,
+            *_vector(bias), *_vector(scale), *_vector(divisor), alpha, *_vector(weight), *_vector(shift), eps
         )  # fmt: skip
+
+
+class Gradients(NamedTuple):
+    """What ``backward`` gives: by acc, by the columns' vectors (None where not wanted), and by the whole factor s."""
+
+    acc: Tensor
+    weight: Tensor | None
+    shift: Tensor | None
+    bias: Tensor | None
+    s: Tensor | None
+    scale: Tensor | None
 
 
 def _vector(t: Tensor | None) -> tuple[int | None, int]:
@@ -80,10 +94,11 @@ def _functions() -> _Functions:
             _NAME + "train_apply",
             [PTR] * 3 + [I64] + [PTR] * 2 + [I64] * 2 + columns + vector * 2 + [FLOAT] + [INT, INT] + end,
         ),
-        found.function(_NAME + "backward", [PTR] * 9 + [I64] * 2 + columns + [INT, INT] + end),
+        found.function(_NAME + "backward", [PTR] * 11 + [I64] * 2 + columns + [INT, INT] + end),
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def _block_rows(rows: int) -> int:
     """Rows of a partial of the reducing passes (reduction_rows in the source)."""
     found = I64()
@@ -144,7 +159,7 @@ def train(
     momentum: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """A training step in one kernel: (out [M, N], acc or None, saved [2, N]), where ``gemm.why_not_product`` is None
+    """A training step in one kernel: (out [M, N], acc or None, saved [3, N]), where ``gemm.why_not_product`` is None
     and M is at most 1024. ``keep``: whether the bare product acc is wanted for the backward pass."""
     a, b = gemm.rows(x), gemm.rows(weight)
     assert a is not None and b is not None
@@ -153,7 +168,7 @@ def train(
     acc = torch.empty_like(out) if keep else None
     blocks = -(-m // _PRODUCT_ROWS)
     scratch = torch.empty(blocks * n * 2 + -(-n // 128), dtype=torch.float32, device=x.device)
-    saved = torch.empty(2, n, dtype=torch.float32, device=x.device)
+    saved = torch.empty(3, n, dtype=torch.float32, device=x.device)
     partials = scratch.data_ptr()
     _functions().train(
         x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
@@ -174,11 +189,12 @@ def train_apply(
 ) -> Tensor:
     """Normalises acc [M, N] (without bias) into out, which may be acc; updates the running statistics in place.
 
-    Without partials the statistics are computed here. Returns saved [2, N] float32: mean of acc, rstd of s times it.
+    Without partials the statistics are computed here. Returns saved [3, N] float32: mean of acc, rstd of s times it,
+    and what rounding left out of the mean.
     """
     rows, columns = acc.shape
     device, dtype = acc.device.index, DTYPE_CODE[acc.dtype]
-    saved = torch.empty(2, columns, dtype=torch.float32, device=acc.device)
+    saved = torch.empty(3, columns, dtype=torch.float32, device=acc.device)
     if partials is None and (rows > _SMALL_ROWS or acc.numel() > _SMALL_ELEMENTS):
         block_rows = _block_rows(rows)
         scratch = torch.empty(-(-rows // block_rows), columns, 2, dtype=torch.float32, device=acc.device)
@@ -194,26 +210,32 @@ def train_apply(
 
 
 def backward(
-    grad: Tensor, acc: Tensor, saved: Tensor, c: Columns, want_weight: bool, want_shift: bool, want_scale: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(d acc, d weight, d shift, d s) of a training step, None where not wanted; d s [N] float32 by the whole factor s.
+    grad: Tensor, acc: Tensor, saved: Tensor, c: Columns, *,
+    weight: bool = False, shift: bool = False, bias: bool = False, s: bool = False, scale: bool = False,
+) -> Gradients:  # fmt: skip
+    """The gradients of a training step by acc and by what else is asked for; acc and saved as the forward left them.
 
-    grad [M, N] in out's dtype; acc and saved as the forward left them.
+    grad: [M, N] in out's dtype. ``scale`` may be asked for where the scale has one number a column.
     """
     rows, columns = acc.shape
     grad = grad.contiguous()
-    device = acc.device.index
+    device = acc.device
     block_rows = _block_rows(rows)
     sums = -(-rows // block_rows) * 2  # float pairs first: they are read eight bytes at a time
-    scratch = torch.empty(sums + 3, columns, dtype=torch.float32, device=acc.device)
-    d_acc = torch.empty_like(acc)
-    d_weight = torch.empty_like(c.weight) if want_weight and c.weight is not None else None
-    d_shift = torch.empty_like(c.shift) if want_shift and c.shift is not None else None
-    d_scale = torch.empty(columns, dtype=torch.float32, device=acc.device) if want_scale else None
+    scratch = torch.empty(sums + 3, columns, dtype=torch.float32, device=device)
+    found = Gradients(
+        torch.empty_like(acc),
+        torch.empty_like(c.weight) if weight and c.weight is not None else None,
+        torch.empty_like(c.shift) if shift and c.shift is not None else None,
+        torch.empty_like(c.bias) if bias and c.bias is not None else None,
+        torch.empty(columns, dtype=torch.float32, device=device) if s else None,
+        torch.empty_like(c.scale) if scale and c.scale is not None else None,
+    )
+    partials, index = scratch.data_ptr(), device.index
     _functions().backward(
-        grad.data_ptr(), acc.data_ptr(), saved.data_ptr(), d_acc.data_ptr(), scratch.data_ptr(),
-        scratch.data_ptr() + 4 * sums * columns,
-        pointer(d_weight), pointer(d_shift), pointer(d_scale), rows, columns, *c.arguments(),
-        DTYPE_CODE[acc.dtype], DTYPE_CODE[grad.dtype], device, stream(device),
+        grad.data_ptr(), acc.data_ptr(), saved.data_ptr(), found.acc.data_ptr(),
+        partials, partials + 4 * sums * columns,
+        pointer(found.weight), pointer(found.shift), pointer(found.bias), pointer(found.s), pointer(found.scale),
+        rows, columns, *c.arguments(), DTYPE_CODE[acc.dtype], DTYPE_CODE[grad.dtype], index, stream(index),
     )  # fmt: skip
-    return d_acc, d_weight, d_shift, d_scale
+    return found

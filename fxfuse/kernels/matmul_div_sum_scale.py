@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxfuse.kernels.abi import DOUBLE, DTYPE_CODE, I64, INT, PTR, pointer, stream
+from fxfuse.kernels.abi import DOUBLE, DTYPE_CODE, I64, INT, PTR, any_other_layout, pointer, stream
 from fxfuse.kernels.loader import library
 
 __all__ = ["available", "backward", "column_sums", "forward", "frozen", "sums_size", "why_not"]
@@ -51,13 +51,16 @@ def available() -> bool:
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """The reason these tensors have no kernel, None when they have. Asks dtypes, devices, ranks and layouts alone."""
-    if x.device.type != "cuda" or weight.device != x.device or (bias is not None and bias.device != x.device):
+    index = x.get_device()
+    if not x.is_cuda or weight.get_device() != index or (bias is not None and bias.get_device() != index):
         return "not all on one CUDA device"
     if x.dtype not in DTYPE_CODE or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return "no kernel for these dtypes"
     if x.dim() < 1 or weight.dim() != 2 or (bias is not None and bias.dim() != 1):
         return "no kernel for these ranks"
-    if not _capable(x.device.index):
+    if any_other_layout(x, weight, bias):
+        return "a layout that is not strided, or a pending negation"
+    if not _capable(index):
         return "a GPU of compute capability below 8.0"
     return None if available() else "the CUDA kernels are not there"
 

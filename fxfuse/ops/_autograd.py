@@ -26,23 +26,31 @@ def transformed() -> bool:
 
 
 class Differentiable(torch.autograd.Function):
-    """`Differentiable.apply(op, road, *args)`: the op with its own backward.
+    """`Differentiable.call(op, road, *args)`: the op with its own backward.
 
     With a road the raw Python forward and backward are called; with None the dispatcher's `<name>_forward` and
     `<name>_backward`, so that a tracer sees them. Every Tensor argument but buffers is saved beside what forward saves:
     second derivatives differentiate the reference at those arguments.
     """
 
+    @classmethod
+    def call(cls, op: Op, road: Road | None, *args: Any) -> Any:
+        """`apply` without its care for functorch's transforms: the caller has seen that none is at work."""
+        return super(torch.autograd.Function, cls).apply(op, road, *args)  # type: ignore[misc]
+
     @staticmethod
     def forward(ctx: Any, op: Op, road: Road | None, *args: Any) -> Any:
         needs = ctx.needs_input_grad
-        wanted = tuple(needs[i + 2] for i in op.tensors)
+        wanted = tuple([needs[i + 2] for i in op.tensors])
         if road is None:
             out, saved = op.registered.forward_traced(args, wanted)
         else:
             out, saved = op.forward(road, *args, wanted=wanted, **op.update)
         ctx.op, ctx.road, ctx.wanted = op, road, wanted
-        ctx.others = [None if i in op.tensors else arg for i, arg in enumerate(args)]
+        others = list(args)
+        for i in op.tensors:
+            others[i] = None
+        ctx.others = others
         ctx.save_for_backward(*[args[i] for i in op.kept], *saved)
         ctx.set_materialize_grads(False)
         if isinstance(out, tuple):
@@ -58,8 +66,8 @@ class Differentiable(torch.autograd.Function):
         count = len(op.kept)
         kept = ctx.saved_tensors
         saved = kept[count:]
-        args = list(ctx.others)
-        for position, tensor in zip(op.kept, kept[:count], strict=True):
+        args = ctx.others.copy()
+        for position, tensor in zip(op.kept, kept, strict=False):
             args[position] = tensor
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():

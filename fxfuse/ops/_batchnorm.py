@@ -125,6 +125,48 @@ def statistics_of(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
     return rough + rest, centred, centred.square().mean(0)
 
 
+def kernel_gradients(
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    divisor: Tensor | None,
+    alpha: float,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """Every argument's gradient of a training step, from one call into the kernels and the product's own two."""
+    c = columns(bias, scale, divisor, alpha, bn_weight, bn_bias, eps)
+    acc, statistics = saved
+    per_column = scale is not None and scale.numel() == weight.size(0)
+    found = kernels.backward(
+        grad, acc, statistics, c, weight=wanted[5], shift=wanted[6], bias=wanted[2], scale=wanted[3] and per_column,
+        s=wanted[4] or (wanted[3] and not per_column),
+    )  # fmt: skip
+    dx, dw, _ = linear_backward(found.acc, 1.0, x, weight, None, wanted)
+    d_scale = d_divisor = None
+    if scale is not None and wanted[3]:
+        d_scale = _by_scale(found.s, scale, divisor, alpha) if found.scale is None else found.scale.view(scale.shape)
+    if divisor is not None and wanted[4]:
+        s = factors(x, weight, scale, divisor, alpha, torch.float32)
+        d_divisor = _by_divisor(found.s, s, divisor)
+    return dx, dw, found.bias, d_scale, d_divisor, found.weight, found.shift, None, None
+
+
+def _by_scale(d_s: Tensor | None, scale: Tensor, divisor: Tensor | None, alpha: float) -> Tensor:
+    assert d_s is not None
+    return shaped(d_s * alpha if divisor is None else d_s * alpha / divisor.to(d_s.dtype).reshape(-1), scale)
+
+
+def _by_divisor(d_s: Tensor | None, s: Tensor | float, divisor: Tensor) -> Tensor:
+    assert d_s is not None
+    return shaped(d_s * s / divisor.to(d_s.dtype).reshape(-1) * -1, divisor)
+
+
 def gradients(
     dy: Tensor,
     d_gamma: Tensor | None,
@@ -144,18 +186,12 @@ def gradients(
     dx, dw, db = linear_backward(dy, 1.0, x, weight, bias, (*wanted[:2], wanted[2] and not training))
     if wanted[2] and training:
         db = torch.zeros_like(bias)  # type: ignore[arg-type]
-    d_scale = d_divisor = None
-    if scale is not None and wanted[3] and d_s is not None:
-        value = d_s * alpha if divisor is None else d_s * alpha / divisor.to(d_s.dtype).reshape(-1)
-        d_scale = shaped(value, scale)
-    if divisor is not None and wanted[4] and d_s is not None:
-        d_divisor = shaped(d_s * s / divisor.to(d_s.dtype).reshape(-1) * -1, divisor)
     return (
         dx,
         dw,
         db,
-        d_scale,
-        d_divisor,
+        _by_scale(d_s, scale, divisor, alpha) if scale is not None and wanted[3] else None,
+        _by_divisor(d_s, s, divisor) if divisor is not None and wanted[4] else None,
         d_gamma if wanted[5] else None,
         total if wanted[6] else None,
         None,

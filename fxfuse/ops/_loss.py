@@ -36,7 +36,7 @@ class LossOp(Op):
 
     def _eager(self, args: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args) and self._road(*args) is self.kernel:
-            return GradientsInForward.apply(self, self.kernel, *args)
+            return GradientsInForward.call(self, self.kernel, *args)
         return super()._eager(args)
 
 
@@ -45,7 +45,8 @@ class GradientsInForward(Differentiable):
 
     @staticmethod
     def forward(ctx: Any, op: LossOp, road: Road, *args: Any) -> Any:  # type: ignore[override]
-        wanted = tuple(ctx.needs_input_grad[i + 2] for i in op.tensors)
+        needs = ctx.needs_input_grad
+        wanted = tuple([needs[i + 2] for i in op.tensors])
         found = op.with_gradients(*args, wanted=wanted)
         if found is None:
             ctx.held = None

@@ -15,8 +15,8 @@ Everything else is optional:
     again(saved, *args)               -> the reference with its graph, for second derivatives (default: reference)
     autocast(device_type, dtype, *args) -> args cast as autocast casts them inside the unfused code
     buffers                           Tensor arguments the unfused code updates in place, by name (see below)
-    direct(*args) -> str              on the CPU: why an eager call goes straight to the reference; "" when it does not.
-                                      Asked first and often: it looks at a size or two, nothing more
+    direct(*args) -> str              why an eager call on the CPU or a GPU goes straight to the reference; "" when it
+                                      does not. Asked first and often: it looks at a size or two, nothing more
 
 `args` are always all arguments of the schema, in order; `wanted` has one bool for each Tensor argument, empty when no
 gradient is wanted. A call with several outputs is differentiable in the first; the others are new values of buffers.
@@ -100,7 +100,7 @@ class Op:
     def road(self, *args: Any, **kwargs: Any) -> Road:
         """The road these arguments take in an eager call on this machine, and why."""
         args = self.registered.complete(args, kwargs)
-        if self.direct is not None and args[0].is_cpu and (why := self.direct(*args)):
+        if self.direct is not None and (args[0].is_cpu or args[0].is_cuda) and (why := self.direct(*args)):
             return Road("composed", why)
         return self._road(*args)
 
@@ -110,9 +110,14 @@ class Op:
             return self.overload(*args)
         if _has_torch_function(args):  # fx proxies, subclasses, torch function modes
             return handle_torch_function(self.call, args, *args)
+        return self.plain(args)
+
+    def plain(self, args: tuple[Any, ...]) -> Any:
+        """The op on arguments without a torch function of their own."""
         if _dispatch_modes():  # make_fx, fake tensors
             return self.overload(*args)
-        if self.direct is not None and getattr(args[0], "is_cpu", False) and self.direct(*args):
+        direct, first = self.direct, args[0]
+        if direct is not None and (first.is_cuda or first.is_cpu) and direct(*args):
             return self.reference(*args, **self.update)  # right under autocast and transforms, too
         if not _PLAIN.issuperset(map(type, args)):  # subclasses, symbolic numbers
             return self.overload(*args)
@@ -135,10 +140,10 @@ class Op:
 
     def _eager(self, args: tuple[Any, ...]) -> Any:
         road = self._road(*args)
-        if road.composed:
+        if road.name == "composed":
             return self.reference(*args, **self.update)
         if torch.is_grad_enabled() and _any_requires_grad(*args):
-            return Differentiable.apply(self, road, *args)
+            return Differentiable.call(self, road, *args)
         return self.forward(road, *args, **self.update)[0]
 
     def _under_autocast(self, args: tuple[Any, ...]) -> Any:

@@ -196,7 +196,7 @@ def autocast(
 def direct(input: Tensor, target: Tensor, reduction: str, log_target: bool, *others: object) -> str:
     # Up to here eager's temporaries stay in the last-level cache; where it has few or keeps exp(t), a little longer.
     enough = 1 << (23 if log_target or reduction == "none" else 21)
-    return "" if input.numel() >= enough else "small: all of it stays in cache anyway"
+    return "" if input.is_cuda or input.numel() >= enough else "small: all of it stays in cache anyway"
 
 
 OP = LossOp(

@@ -129,12 +129,10 @@ def _kernels_fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     dtype = x.dtype
     return (
         weight.dtype is dtype
-        and (bias is None or (bias.dtype is dtype and bias.layout is torch.strided))
+        and (bias is None or bias.dtype is dtype)
         and weight.dim() == 2
         and x.dim() >= 1
         and x.size(-1) == weight.size(1)
-        and x.layout is torch.strided
-        and weight.layout is torch.strided
         and gemm.why_not_kernels(x, weight, bias) is None
     )
 
@@ -244,6 +242,9 @@ def autocast(
 
 
 def direct(x: Tensor, weight: Tensor, bias: Tensor | None, *others: object) -> str:
+    if x.is_cuda:
+        graph = torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, bias)
+        return gemm.launches_dominate(x, weight, 4) if graph else ""
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, bias):
         return "the product dominates, and ATen's own backward has the least to do around it"
     if x.dim() and x.numel() // max(1, x.size(-1)) * weight.size(0) < 1 << 16:

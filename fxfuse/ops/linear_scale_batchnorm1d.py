@@ -32,7 +32,6 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function
 
 from fxfuse.kernels import gemm
-from fxfuse.kernels import linear_scale_batchnorm1d as kernels
 from fxfuse.kernels.abi import DTYPE_CODE
 
 from ._autocast import cast
@@ -43,6 +42,7 @@ from ._batchnorm import (
     factors,
     gradients,
     kernel_evaluation,
+    kernel_gradients,
     kernel_training,
     per_column,
     scaled_dtype,
@@ -159,10 +159,7 @@ def _kernels_fit(tensors: tuple[Any, ...], training: bool, eps: float) -> bool:
     for t in (scale, divisor):
         if t is not None and (t.dtype not in DTYPE_CODE or not per_column(t, n)):
             return False
-    for t in tensors:
-        if t is not None and t.layout is not torch.strided:
-            return False
-    if given not in (x.dtype, torch.float32):
+    if given is not x.dtype and given is not torch.float32:
         return False
     return gemm.why_not_kernels(*tensors) is None
 
@@ -240,7 +237,7 @@ def saves(
     dtype, n, training = wide(scaled_dtype(x, scale, divisor)), weight.size(0), others[5]
     y = F.linear(x, weight, bias)
     if training and road(x, weight, bias, scale, divisor, *others).name == "kernel":
-        return y, x.new_empty(2, n, dtype=torch.float32)
+        return y, x.new_empty(3, n, dtype=torch.float32)
     return y, x.new_empty(n, dtype=dtype), x.new_empty(n, dtype=dtype)
 
 
@@ -265,12 +262,9 @@ def backward(
     wanted: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     if training and road.name == "kernel":
-        c = columns(bias, scale, divisor, alpha, bn_weight, bn_bias, eps)
-        acc, statistics = saved
-        by_scale = wanted[3] or wanted[4]
-        dy, d_gamma, total, d_s = kernels.backward(grad, acc, statistics, c, wanted[5], wanted[6], by_scale)
-        s = factors(x, weight, scale, divisor, alpha, torch.float32) if wanted[4] else alpha
-        return gradients(dy, d_gamma, total, d_s, s, x, weight, bias, scale, divisor, alpha, training, wanted)
+        return kernel_gradients(
+            grad, saved, x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, eps, wanted
+        )
     y, mean, spread = saved  # the batch's mean and rstd in training, the running statistics in eval
     dtype = wide(grad.dtype, y.dtype)
     s = factors(x, weight, scale, divisor, alpha, dtype)
@@ -308,12 +302,20 @@ def autocast(
 
 
 def direct(x: Tensor, weight: Tensor, *others: Any) -> str:
+    if x.is_cuda:
+        if x.dim() != 2 or x.size(0) <= FEW_ROWS:
+            return "too few rows for a pass of their own"
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others[:6]):
+            return gemm.launches_dominate(x, weight, 6 if others[8] else 12)
+        return ""
     if others[8]:
         return "in training ATen's batch_norm is the shortest on the CPU"
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others[:6]):
         return "the product dominates, and ATen's own backward has the least to do around it"
     return "" if x.numel() * weight.size(0) >= 1 << 20 else "small"
 
+
+FEW_ROWS = 4  # up to here the library's product with its bias is another, better kernel than the one without
 
 OP = Op(
     "linear_scale_batchnorm1d",
@@ -364,11 +366,13 @@ def linear_scale_batchnorm1d(
     """
     statistics = (running_mean, running_var, training, momentum, eps)
     args: tuple[Any, ...] = (x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, *statistics)
-    if torch._C._has_torch_function(args):
+    if torch.compiler.is_compiling():
+        out, new_mean, new_var = OP.overload(*args)
+    elif torch._C._has_torch_function(args):
         traced: Tensor = handle_torch_function(linear_scale_batchnorm1d, args, *args)
         return traced
-    out: Tensor
-    out, new_mean, new_var = OP(*args)
+    else:
+        out, new_mean, new_var = OP.plain(args)
     if training and new_mean is not None:
         if running_mean is not None:
             running_mean.copy_(new_mean)
@@ -392,30 +396,35 @@ def linear_scale_batchnorm1d_module(
     Raises ValueError, as `bn` does, when x is neither 2-D nor 3-D.
     """
     tensors = (x, weight, bias, scale, divisor)
-    if any(issubclass(type(t), torch.fx.Proxy) for t in tensors):  # a symbolic trace keeps the call whole
+    # a symbolic trace keeps the call whole
+    if torch._C._has_torch_function(tensors) and any(issubclass(type(t), torch.fx.Proxy) for t in tensors):
         traced: Tensor = handle_torch_function(
             linear_scale_batchnorm1d_module, tensors, bn, x, weight, bias, scale, divisor, alpha
         )
         return traced
     bn._check_input_dim(x)
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    running = not bn.training or bn.track_running_stats
+    training, momentum = bn.training, bn.momentum
+    bn_weight, bn_bias, mean, var, batches = _tensors_of(bn)
+    if training and bn.track_running_stats and batches is not None:
+        batches.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(batches)
+    if momentum is None:
+        momentum = 0.0
+    if training and not bn.track_running_stats:
+        return linear_scale_batchnorm1d(
+            x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, None, None, True, momentum, bn.eps
+        )
+    by_batch = training or (mean is None and var is None)
     return linear_scale_batchnorm1d(
-        x,
-        weight,
-        bias,
-        scale,
-        divisor,
-        alpha,
-        bn.weight,
-        bn.bias,
-        bn.running_mean if running else None,
-        bn.running_var if running else None,
-        bn.training or (bn.running_mean is None and bn.running_var is None),
-        momentum,
-        bn.eps,
+        x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, mean, var, by_batch, momentum, bn.eps
     )
+
+
+def _tensors_of(bn: nn.BatchNorm1d) -> tuple[Tensor | None, ...]:
+    """Its parameters and buffers, from where nn.Module keeps them: asking for them as attributes takes longer."""
+    try:
+        p, b = bn._parameters, bn._buffers
+        return p["weight"], p["bias"], b["running_mean"], b["running_var"], b["num_batches_tracked"]
+    except KeyError:  # kept in another way
+        return bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked

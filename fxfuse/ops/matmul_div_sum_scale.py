@@ -33,7 +33,7 @@ from ._autocast import cast
 from ._blocks import block_rows, blocks
 from ._op import Op
 from ._product import product
-from ._road import HALF, Road, floating, plain_memory, together, wide
+from ._road import HALF, Road, floating, together, wide
 
 
 def reference(
@@ -61,6 +61,8 @@ def road(
     mean: bool,
     dtype: torch.dtype | None,
 ) -> Road:
+    if x.is_cuda and kernel.why_not(x, weight, bias) is None and _kernel_fits(x, weight, bias, dim, dtype):
+        return KERNEL
     if not floating(x, weight, bias) or not together(x, weight, bias):
         return Road("composed", "not floating-point tensors of one device")
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
@@ -73,9 +75,20 @@ def road(
         return Road("composed", "the shapes do not fit")
     if weight.size(0) == 0 or weight.size(1) == 0:
         return Road("composed", "an empty weight")
-    if x.is_cuda and dtype in (None, x.dtype, torch.float32) and plain_memory(x, weight, bias):
-        return KERNEL if kernel.why_not(x, weight, bias) is None else COLLAPSED
     return COLLAPSED
+
+
+def _kernel_fits(x: Tensor, weight: Tensor, bias: Tensor | None, dim: int, dtype: torch.dtype | None) -> bool:
+    """The short way through the questions of `road`, for dtypes, ranks and devices that the kernels take."""
+    (n, k), shape = weight.shape, x.shape
+    return (
+        shape[-1] == k
+        and n > 0
+        and k > 0
+        and (dim == -1 or dim == len(shape) - 1)
+        and (dtype is None or dtype is x.dtype or dtype is torch.float32)
+        and (bias is None or bias.size(0) == n)
+    )
 
 
 COLLAPSED = Road("closed", "collapsed to x·ΣW")
@@ -225,6 +238,8 @@ def autocast(
 
 
 def direct(x: Tensor, weight: Tensor, *others: object) -> str:
+    if x.is_cuda:
+        return ""
     columns = weight.size(0) if weight.dim() == 2 else 0
     if x.numel() * columns < 1 << 19 or (columns < 48 and x.dtype in HALF):
         return "the product itself is small"

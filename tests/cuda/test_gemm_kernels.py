@@ -228,12 +228,13 @@ def test_train_passes(m, n, dtype, out_dtype, offset):
     assert error(out, want.detach()) <= 1.25 * error(eager.detach().to(out_dtype), want.detach()) + least
     for got, best, e in zip(running, want_running, eager_running, strict=True):
         assert error(got, best) <= 1.25 * error(e, best) + least
-    got = lsb.backward(grad, acc, saved, c, True, True, True)
-    assert error(got[0], d_acc) <= 1.25 * error(eager_grads[0].to(dtype), d_acc) + least
-    assert error(got[1], d_weight) <= 1.25 * error(eager_grads[2], d_weight) + least
-    assert error(got[2], d_shift) <= 1.25 * error(eager_grads[3], d_shift) + least
-    got_scale = got[3] * c.alpha / c.divisor.float()
-    assert error(got_scale, d_scale) <= 1.25 * error(eager_grads[1], d_scale) + 1e-5
+    got = lsb.backward(grad, acc, saved, c, weight=True, shift=True, s=True, scale=True, bias=True)
+    assert error(got.acc, d_acc) <= 1.25 * error(eager_grads[0].to(dtype), d_acc) + least
+    assert error(got.weight, d_weight) <= 1.25 * error(eager_grads[2], d_weight) + least
+    assert error(got.shift, d_shift) <= 1.25 * error(eager_grads[3], d_shift) + least
+    for got_scale in (got.s * c.alpha / c.divisor.float(), got.scale):
+        assert error(got_scale, d_scale) <= 1.25 * error(eager_grads[1], d_scale) + 1e-5
+    assert got.bias is None if c.bias is None else not got.bias.any() and got.bias.dtype == c.bias.dtype
     if dtype == out_dtype:
         again = torch.empty_like(saved)
         again.copy_(lsb.train_apply(acc, None, c, None, None, 0.3, acc))

@@ -168,3 +168,20 @@ def test_strides_and_misalignment():
         got = linear_activation_scale(x, w, None, "relu")
         assert error(got, want) <= 1.25 * error(F.relu(F.linear(x, w)), want) + 1e-5
     assert linear_activation_scale(memory[:0, :512], w, None, "relu").shape == (0, 1024)
+
+
+@pytest.mark.launches_count
+def test_a_training_step_bound_by_the_host_goes_by_eagers_own_operations():
+    x, w, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((64, 64), (64, 64), (64,)))
+    args = (x, w, b, "relu", 0.0, 0.0, 1.0, 0.5)
+    assert ACTIVATION.road(*args).name == "composed" and "host" in ACTIVATION.road(*args).why
+    with torch.no_grad():
+        assert ACTIVATION.road(*args).name == "kernel"
+    large = torch.empty(4096, 8192, device="cuda", requires_grad=True)
+    assert ACTIVATION.road(large, torch.empty(8192, 8192, device="cuda"), None, *args[3:]).name == "kernel"
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        linear_activation_scale(*args)
+    with torch.cuda.graph(graph):  # replayed without the host
+        assert ACTIVATION.road(*args).name == "kernel"
+        x * 2
