@@ -27,7 +27,7 @@ __all__ = ["Chain", "Either", "Match", "Miss", "Op", "Step", "Var", "matcher", "
 # --- expressions ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Var:
     """Binds any value to a name; the same name twice must be the same value. ``kind`` narrows it to 'number'."""
 
@@ -35,7 +35,7 @@ class Var:
     kind: str = "any"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Op:
     """One operation of the vocabulary over sub-expressions, by canonical parameter name.
 
@@ -47,14 +47,14 @@ class Op:
     shared: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Either:
     """The first alternative that matches."""
 
     alternatives: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chain:
     """Any number of scalings (mul, div, neg) on top of ``base``; bound under ``name`` as a list of :class:`Step`.
 
@@ -67,7 +67,7 @@ class Chain:
     factors: str = "any"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One link of a chain: the operation, its other operand, and the node."""
 
@@ -147,7 +147,7 @@ def names(expression: Any) -> frozenset[str]:
 # --- results -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(slots=True)
 class Match:
     """A place where a pattern's expression holds.
 
@@ -174,7 +174,7 @@ class Match:
         return self.bindings.get(name, default)
 
 
-@dataclass
+@dataclass(slots=True)
 class Miss:
     """Why a pattern did not match at a node, and how many operations had matched by then."""
 
@@ -187,7 +187,7 @@ class Miss:
 # --- matching ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(slots=True)
 class _Attempt:
     view: View
     root: fx.Node
@@ -208,11 +208,22 @@ class _Attempt:
         del self.nodes[length:]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Failure:
-    reason: str
+    """Why an attempt ended. Most are never read, so the words are put together when they are asked for."""
+
+    reason: str  # with a {} for each of `seen`
     node: fx.Node | None
     depth: int
+    seen: tuple[Any, ...] = ()  # values of the graph, described; texts and expressions, as _Shown
+
+    def text(self, view: View) -> str:
+        return self.reason.format(*[str(v.it) if type(v) is _Shown else view.describe(v) for v in self.seen])
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    it: Any
 
 
 class matcher:
@@ -226,14 +237,15 @@ class matcher:
         self._dead: dict[tuple[int, fx.Node], _Failure] = {}
         self._runs: dict[fx.Node, int] = {}
 
-    def __call__(self, root: fx.Node) -> Match | Miss:
-        """Try the expression with ``root`` as its outermost node."""
+    def __call__(self, root: fx.Node, least: int = 0) -> Match | Miss:
+        """Try the expression with ``root`` outermost. A miss that got less deep than ``least`` comes without words."""
         attempt = _Attempt(self.view, root)
         if self.view.call(root) is None:  # a kin of what the pattern wants, or a call with an unknown word
             return Miss(self.pattern, root, self.view.describe(root), 1)
         failure = self._match(self.expression, root, attempt)
         if failure is not None:
-            return Miss(self.pattern, failure.node or root, failure.reason, failure.depth)
+            reason = failure.text(self.view) if failure.depth >= least else ""
+            return Miss(self.pattern, failure.node or root, reason, failure.depth)
         return Match(self.pattern, root, attempt.bindings, attempt.nodes, self.view, frozenset(attempt.shared))
 
     def _match(self, expression: Any, value: Any, attempt: _Attempt) -> _Failure | None:
@@ -249,24 +261,22 @@ class matcher:
             return None
         if type(value) is type(expression) and value == expression:
             return None
-        return _Failure(f"expected {expression!r}, found {self.view.describe(value)}", None, attempt.depth)
+        return _Failure("expected {}, found {}", None, attempt.depth, (_Shown(repr(expression)), value))
 
     def _variable(self, var: Var, value: Any, attempt: _Attempt) -> _Failure | None:
-        depth = attempt.depth
         if var.kind == "number" and not self.view.is_number(value):
-            return _Failure(f"'{var.name}' must be a number, found {self.view.describe(value)}", None, depth)
+            return _Failure(f"'{var.name}' must be a number, found {{}}", None, attempt.depth, (value,))
         if var.name in attempt.bindings and not _same(attempt.bindings[var.name], value):
-            seen = self.view.describe(attempt.bindings[var.name])
-            return _Failure(f"'{var.name}' is {seen} and also {self.view.describe(value)}", None, depth)
+            seen = (attempt.bindings[var.name], value)
+            return _Failure(f"'{var.name}' is {{}} and also {{}}", None, attempt.depth, seen)
         attempt.bindings[var.name] = value
         return None
 
     def _enter(self, value: Any, wanted: str, attempt: _Attempt) -> _Failure | Any:
-        depth = attempt.depth
         call = self.view.call(value)
-        node = value if isinstance(value, fx.Node) else None
         if call is None:
-            return _Failure(f"expected {wanted}, found {self.view.describe(value)}", node, depth)
+            node = value if isinstance(value, fx.Node) else None
+            return _Failure(f"expected {wanted}, found {{}}", node, attempt.depth, (value,))
         return call
 
     def _private(self, node: fx.Node, attempt: _Attempt) -> _Failure | None:
@@ -287,7 +297,7 @@ class matcher:
         if isinstance(call, _Failure):
             return call
         if call.op != expression.op:
-            return _Failure(f"expected {expression.op}, found {self.view.describe(value)}", call.node, attempt.depth)
+            return _Failure(f"expected {expression.op}, found {{}}", call.node, attempt.depth, (value,))
         if not expression.shared:
             failure = self._private(call.node, attempt)
             if failure is not None:
@@ -300,8 +310,7 @@ class matcher:
                 continue
             default = operation.defaults.get(param)
             if not _same(call.args[param], default):
-                reason = f"{call.op} has {param}={self.view.describe(call.args[param])}"
-                return _Failure(reason, call.node, attempt.depth + 1)
+                return _Failure(f"{call.op} has {param}={{}}", call.node, attempt.depth + 1, (call.args[param],))
         mark = attempt.mark()
         self._cover(call.node, attempt, expression.shared)
         failure = self._arguments(given, call.args, call, attempt)
@@ -324,7 +333,8 @@ class matcher:
             failure = self._match(expression, args.get(param), attempt)
             if failure is not None:
                 if not isinstance(expression, (Var, Op, Either, Chain)):
-                    failure.reason = f"{call.op} has {param}={self.view.describe(args.get(param))}, not {expression!r}"
+                    failure.reason = f"{call.op} has {param}={{}}, not {{}}"
+                    failure.seen = (args.get(param), _Shown(repr(expression)))
                 return failure
         return None
 
@@ -401,10 +411,9 @@ class matcher:
         known = self.view.tensor(factor)
         if chain.factors == "scalar" and known is not None and known.dim() == 0:
             return None
-        what = f"{call.op} by {self.view.describe(factor)}"
-        if number is None and known is None:
-            return _Failure(f"{what}, which is not known to be a number before it runs", call.node, attempt.depth)
-        return _Failure(f"{what}, which is not a {chain.factors}", call.node, attempt.depth)
+        what = f"{call.op} by {{}}, which is not "
+        what += "known to be a number before it runs" if number is None and known is None else f"a {chain.factors}"
+        return _Failure(what, call.node, attempt.depth, (factor,))
 
 
 def _sides(call: Any) -> Sequence[tuple[Any, Any]]:

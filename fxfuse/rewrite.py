@@ -24,7 +24,7 @@ __all__ = ["Emit", "Found", "Fuel", "find", "replace"]
 
 @dataclass
 class Found:
-    """What reading one graph gave: matches in graph order, and every attempt that got somewhere."""
+    """What reading one graph gave: matches in graph order, and each pattern's attempts that got furthest so far."""
 
     matches: list[Match] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
@@ -74,15 +74,18 @@ def find(view: View, patterns: Sequence[Pattern], allow: Callable[[Match, Patter
             for head in pattern.heads:
                 by_head.setdefault(head, []).append((pattern, attempt))
     found, claimed = Found(), set[fx.Node]()
+    deepest: dict[str, int] = {}  # of a pattern's misses; those that got less far are not kept
     for node in reversed(list(view.operations)):
         tries = by_head.get(view.operations[node], ())
         if not tries or node in claimed:
             continue
         best: Match | None = None
         for pattern, attempt in tries:
-            result = _consider(attempt(node), pattern, view, allow)
+            result = _consider(attempt(node, deepest.get(pattern.name, 0)), pattern, view, allow)
             if isinstance(result, Miss):
-                found.misses.append(result)
+                if result.depth >= deepest.get(pattern.name, 0):
+                    deepest[pattern.name] = result.depth
+                    found.misses.append(result)
                 continue
             free = not claimed.intersection(n for n in result.nodes if n not in result.shared)
             if free and (best is None or len(result.nodes) > len(best.nodes)):

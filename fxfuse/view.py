@@ -45,21 +45,21 @@ _MODE_CHANGES = frozenset(
 _MOST_VERSIONS = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Attr:
     """A parameter, buffer or plain tensor of the module, by its path from the graph's root: ``Attr("fc.weight")``."""
 
     path: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ModuleRef:
     """A submodule, by its path from the graph's root."""
 
     path: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Call:
     """What a node computes, in canonical words."""
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from fxfuse.bench import compiler, machine, terminal
 from fxfuse.bench import limits as ceilings
-from fxfuse.bench import machine, terminal
 from fxfuse.bench.cases import DEFAULT_PRECISIONS, MODES, Case, parse_shapes, plan
 from fxfuse.bench.formats import by_case
 from fxfuse.bench.measure import Effort, Row, empty_row, first_line, measure_case
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--shapes", type=_shapes, metavar="M,N,K;...", help="your own sizes; M,N for divergences")
     parser.add_argument("--sweep", action="store_true", help="many sizes: small, tall, flat and odd ones")
+    parser.add_argument("--compiler", action="store_true", help="also what optimizing itself costs, on the CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, after every case")
     parser.add_argument("--append", action="store_true", help="keep the cases in FILE that this run does not measure")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there (PNG; needs matplotlib)")
@@ -138,6 +139,8 @@ def main(args: argparse.Namespace, command: Sequence[str]) -> int:
         "results": [],
     }
     earlier = None
+    if args.compiler:
+        document["compiler"] = compiler.measure(rounds)
     if args.append and args.json.exists():
         try:
             earlier = json.loads(args.json.read_text())
@@ -153,6 +156,8 @@ def main(args: argparse.Namespace, command: Sequence[str]) -> int:
     run_cases(cases, names, device, document, rounds=rounds, seed=args.seed, budget=args.budget, keep=keep)
 
     print(terminal.show_sweep(document) if args.sweep else terminal.show(document))
+    if args.compiler:
+        print("\n" + terminal.show_compiler(document))
     if args.json:
         print(f"\nresults: {args.json}")
     if args.plot:
@@ -269,6 +274,7 @@ def merged(earlier: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
             old[key] = rows
     commands = [c for c in (earlier["command"], document["command"]) if c]
     return {
+        **{key: value for key, value in earlier.items() if key == "compiler"},
         **document,
         "command": " && ".join(dict.fromkeys(commands)),
         "limits": _merged_limits(earlier["limits"], document["limits"]),

@@ -6,8 +6,8 @@ A page says where a table goes and what is in it:
     <!-- /bench:NAME -->
 
 NAME is benchmarks/NAME.json. `workload`, `precision`, `mode` take comma-separated names and default to all; `view` is
-`summary` (a row per case, the default), `full` (a row per rival), `memory`, `error` or `sweep` (where fxfuse is least
-ahead of each rival). `python -m fxfuse.bench.tables`
+`summary` (a row per case, the default), `full` (a row per rival), `memory`, `error`, `sweep` (where fxfuse is least
+ahead of each rival) or `compiler` (what optimizing itself costs). `python -m fxfuse.bench.tables`
 writes the tables (and the plots docs/images/bench-NAME.png, where matplotlib is installed); with --check it only says
 what is out of date and exits with 1.
 """
@@ -25,6 +25,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxfuse.bench import compiler
 from fxfuse.bench.cases import format_shape
 from fxfuse.bench.formats import DASH, CaseKey, Row, by_case, error, milliseconds, percent, ratio, size
 from fxfuse.bench.rivals import RIVALS
@@ -171,6 +172,10 @@ def markdown(document: Document, name: str, options: dict[str, str]) -> str:
     """A document's table as Markdown with its provenance below; ValueError on an unknown option or view."""
     options = dict(options)
     view = options.pop("view", "summary")
+    if view == "compiler":
+        headings, lines = compiler.table(document["compiler"])
+        table = tabulate(lines, headings, tablefmt="pipe", disable_numparse=True, colalign=["left", "right"])
+        return _provenance(table, document, name)
     if view not in VIEWS:
         raise ValueError(f"bench:{name}: there is no view {view!r}; {', '.join(VIEWS)} exist")
     rows = document["results"]
@@ -184,6 +189,10 @@ def markdown(document: Document, name: str, options: dict[str, str]) -> str:
     left = sum(heading in ("workload", "shape", "precision", "mode", "") for heading in headings)
     table = tabulate(lines, headings, tablefmt="pipe", disable_numparse=True,
                      colalign=["left"] * left + ["right"] * (len(headings) - left))  # fmt: skip
+    return _provenance(table, document, name)
+
+
+def _provenance(table: str, document: Document, name: str) -> str:
     made, versions = document["machine"], document["versions"]
     where = made.get("gpu") or f"{made['cpu']}, {made['torch_threads']} threads"
     source = f"{where}, torch {versions['torch']}, {document['date']}; `{document['command']}` (benchmarks/{name}.json)"

@@ -7,6 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxfuse.bench import compiler
 from fxfuse.bench.formats import by_case, case_title, error, milliseconds, percent, ratio, size
 
 Document = dict[str, Any]
@@ -68,6 +69,12 @@ def show_sweep(document: Document) -> str:
     if skipped:
         notes.append(_wrap(f"{skipped} cases were skipped: the budget was spent"))
     return "\n".join([_head(document), "", tabulate(lines, headings, disable_numparse=True), *notes])
+
+
+def show_compiler(document: Document) -> str:
+    """What the compiler itself costs."""
+    headings, lines = compiler.table(document["compiler"])
+    return tabulate(lines, headings, disable_numparse=True, colalign=("left", "right"))
 
 
 def _head(document: Document) -> str:
