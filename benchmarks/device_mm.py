@@ -11,10 +11,12 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
+from fxfuse.bench import record
 from fxfuse.kernels import loader
 from fxfuse.kernels import matmul_div_sum_scale as mm
 
@@ -267,6 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="no shape sweep")
     parser.add_argument("--check", action="store_true", help="correctness alone")
+    parser.add_argument("--json", type=Path, help="write the tables there")
     options = parser.parse_args()
     assert mm.available(), loader.why_unavailable()
     kernels = Kernels()
@@ -274,15 +277,19 @@ def main() -> None:
     print("failed checks:", check(kernels))
     if options.check:
         return
-    head = ["dtype", "data", "m x k x n", "y ours/eager", "dx", "dw", "verdict"]
-    print(tabulate(accuracy(kernels), head, disable_numparse=True))
-    print(tabulate(bandwidth(), ["bandwidth", "us", "TB/s"], disable_numparse=True))
+    tables = {"errors": record.table(["dtype", "data", "m x k x n", "y ours/eager", "dx", "dw", ""], accuracy(kernels))}
+    tables["bandwidth"] = record.table(["bandwidth", "us", "TB/s"], bandwidth())
     rows = [row for dtype in (torch.float32, torch.bfloat16, torch.float16) for row in headline(kernels, dtype)]
-    print(tabulate(rows, ["dtype", "1024x8192x8192", "us", "us in a graph", "bar"], disable_numparse=True))
+    tables["kernels"] = record.table(["dtype", "1024x8192x8192", "us", "us in a graph", "bar"], rows)
     if not options.quick:
-        head = ["dtype", "m x k x n", "forward us", "ATen two steps", "limit", "", "backward us", "limit"]
+        head = ["dtype", "m x k x n", "forward us", "ATen two steps", "limit", "", "backward us", "limit "]
         rows = [sweep(kernels, *shape, dtype) for dtype in (torch.float32, torch.bfloat16) for shape in SWEEP]
-        print(tabulate(rows, head, disable_numparse=True))
+        tables["shapes"] = record.table(head, rows)
+    for held in tables.values():
+        print(tabulate(held["lines"], held["headings"], disable_numparse=True))
+    if options.json:
+        record.write(options.json, "python benchmarks/device_mm.py --json benchmarks/device_mm.json", tables,
+                     torch.device("cuda"))  # fmt: skip
 
 
 if __name__ == "__main__":

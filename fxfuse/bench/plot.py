@@ -120,9 +120,14 @@ def _label(workload: str, shape: tuple[int, ...], mode: str) -> str:
 
 
 def out_of_date(root: Path, documents: dict[str, Document]) -> dict[Path, Document]:
-    """The plots docs/images/bench-NAME.png that are missing or were drawn from other results."""
+    """The plots docs/images/bench-NAME.png that are missing or were drawn from other results. Sweeps are too long for
+    one, and what scripts record has nothing to draw."""
     folder = root / "docs" / "images"
-    paths = {folder / f"bench-{name}.png": document for name, document in documents.items()}
+    paths = {
+        folder / f"bench-{name}.png": document
+        for name, document in documents.items()
+        if document["results"] and "sweep" not in name
+    }
     return {path: document for path, document in paths.items() if read_digest(path) != digest(document)}
 
 

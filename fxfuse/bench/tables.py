@@ -7,8 +7,8 @@ A page says where a table goes and what is in it:
 
 NAME is benchmarks/NAME.json. `workload`, `precision`, `mode` take comma-separated names and default to all; `view` is
 `summary` (a row per case, the default), `full` (a row per rival), `memory`, `error`, `sweep` (where fxfuse is least
-ahead of each rival) or `compiler` (what optimizing itself costs). `python -m fxfuse.bench.tables`
-writes the tables (and the plots docs/images/bench-NAME.png, where matplotlib is installed); with --check it only says
+ahead of each rival), `product` (beside the bare product) or `compiler` (what optimizing itself costs). Of a JSON that a
+script wrote (`record`), `table` names the table to show. `python -m fxfuse.bench.tables` writes the tables (and the plots docs/images/bench-NAME.png, where matplotlib is installed); with --check it only says
 what is out of date and exits with 1.
 """
 
@@ -159,7 +159,23 @@ def sweep(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list[st
     return headings, lines
 
 
+def _product(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
+    """What stands behind the product beside the library's product alone (three of them with the backward), GPU time."""
+    headings = ["workload", "shape", "precision", "mode", "the bare product", "eager", "fxfuse", "of the product"]
+    lines = []
+    for (workload, shape, precision, mode), rivals in cases.items():
+        bare, ours = _value(rivals.get("product"), "gpu_ms"), _value(rivals.get("fxfuse"), "gpu_ms")
+        if bare is None:
+            continue
+        title = WORKLOADS[workload].title if workload in WORKLOADS else workload
+        eager = milliseconds(_value(rivals.get("eager"), "gpu_ms"))
+        lines.append([title, format_shape(shape), precision, mode, milliseconds(bare), eager, milliseconds(ours),
+                      ratio(ours / bare if ours else None)])  # fmt: skip
+    return headings, lines
+
+
 VIEWS = {
+    "product": _product,
     "summary": _summary,
     "sweep": sweep,
     "full": _full,
@@ -173,9 +189,12 @@ def markdown(document: Document, name: str, options: dict[str, str]) -> str:
     options = dict(options)
     view = options.pop("view", "summary")
     if view == "compiler":
-        headings, lines = compiler.table(document["compiler"])
-        table = tabulate(lines, headings, tablefmt="pipe", disable_numparse=True, colalign=["left", "right"])
-        return _provenance(table, document, name)
+        return _provenance(_left_and_right(*compiler.table(document["compiler"]), left=1), document, name)
+    if "table" in options:
+        held = document.get("tables", {}).get(options["table"])
+        if held is None:
+            raise ValueError(f"bench:{name}: there is no table {options['table']!r} in it")
+        return _provenance(_left_and_right(held["headings"], held["lines"], left=1), document, name)
     if view not in VIEWS:
         raise ValueError(f"bench:{name}: there is no view {view!r}; {', '.join(VIEWS)} exist")
     rows = document["results"]
@@ -187,9 +206,13 @@ def markdown(document: Document, name: str, options: dict[str, str]) -> str:
         raise ValueError(f"bench:{name}: no result matches {options}")
     headings, lines = VIEWS[view](by_case(rows))
     left = sum(heading in ("workload", "shape", "precision", "mode", "") for heading in headings)
-    table = tabulate(lines, headings, tablefmt="pipe", disable_numparse=True,
-                     colalign=["left"] * left + ["right"] * (len(headings) - left))  # fmt: skip
-    return _provenance(table, document, name)
+    return _provenance(_left_and_right(headings, lines, left), document, name)
+
+
+def _left_and_right(headings: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table whose first `left` columns are text and whose others are numbers."""
+    align = ["left"] * left + ["right"] * (len(headings) - left)
+    return tabulate(lines, headings, tablefmt="pipe", disable_numparse=True, colalign=align)
 
 
 def _provenance(table: str, document: Document, name: str) -> str:
