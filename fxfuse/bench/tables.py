@@ -8,8 +8,9 @@ A page says where a table goes and what is in it:
 NAME is benchmarks/NAME.json. `workload`, `precision`, `mode` take comma-separated names and default to all; `view` is
 `summary` (a row per case, the default), `full` (a row per rival), `memory`, `error`, `sweep` (where fxfuse is least
 ahead of each rival), `product` (beside the bare product) or `compiler` (what optimizing itself costs). Of a JSON that a
-script wrote (`record`), `table` names the table to show. `python -m fxfuse.bench.tables` writes the tables (and the plots docs/images/bench-NAME.png, where matplotlib is installed); with --check it only says
-what is out of date and exits with 1.
+script wrote (`record`), `table` names the table to show. `python -m fxfuse.bench.tables` writes the tables (and the
+plots docs/images/bench-NAME.png, where matplotlib is installed); with --check it only says what is out of date and
+exits with 1.
 """
 
 from __future__ import annotations

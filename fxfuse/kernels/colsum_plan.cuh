@@ -22,6 +22,36 @@ constexpr double kBytesPerUs = 4.2e6;  // of an H200's memory; only ratios betwe
 
 inline int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
+// Stripe width and row ranges of the least estimated time, into `plan`; returns the time in microseconds.
+inline double cut(const DeviceProps& props, int64_t rows, int64_t cols, int element, ColsumPlan& plan) {
+  const int64_t columns = plan.merged * cols, sms = props.sm_count;
+  const int64_t least_splits = ceil_div(max(plan.long_rows(rows), int64_t(1)), int64_t(1) << 30);  // rows fit an int
+  const double narrow = plan.vec == 1 ? 3.0 : 1.0;  // single elements keep less memory in flight
+  double least = -1;
+  for (const int lanes : {16, 32, 8}) {
+    if (plan.vec == 1 && lanes != 32) continue;
+    const int64_t stripes = ceil_div(max(columns, int64_t(1)), int64_t(lanes) * plan.vec);
+    const int64_t batch = kColsumUnroll * (kColsumThreads / lanes);  // rows that a block has in flight
+    const int64_t most = max(int64_t(1), min(int64_t(sms), plan.long_rows(rows) / batch));
+    for (int64_t splits = least_splits; splits <= max(least_splits, most); ++splits) {
+      const int64_t blocks = stripes * splits;
+      // Multiprocessors share the memory evenly, so the one with most blocks ends last; 7 of 8 saturate the memory.
+      const double rounds = double(ceil_div(blocks, sms) * sms) / double(blocks);
+      const double waste = blocks <= sms ? max(1.0, 0.875 * rounds) : rounds;
+      const double read_us = double(rows) * double(cols) * element / kBytesPerUs * waste * narrow +
+                             double(ceil_div(blocks, sms));  // and a microsecond for each block's start and end
+      const bool folded = splits * plan.merged + plan.tail > 1;
+      const double fold_us = folded ? 2.0 + double(splits) * double(columns) * 16 / kBytesPerUs : 0;
+      if (least < 0 || read_us + fold_us < 0.98 * least) {
+        least = read_us + fold_us;
+        plan.lanes = lanes, plan.stripes = stripes, plan.splits = splits;
+      }
+      if (blocks > 16 * sms) break;
+    }
+  }
+  return least;
+}
+
 // `element` is the size of T in bytes. A weighted sum keeps to one row at a time: the weight is one per access.
 inline ColsumPlan plan_colsum(const DeviceProps& props, const void* a, int64_t rows, int64_t cols, int64_t ld,
                               int element, bool weighted) {
@@ -39,30 +69,10 @@ inline ColsumPlan plan_colsum(const DeviceProps& props, const void* a, int64_t r
     plan.merged = 1;
   }
   plan.tail = rows % plan.merged;
-  // Of the stripe widths and row ranges, those of the least estimated time.
-  const int64_t columns = plan.merged * cols, sms = props.sm_count;
-  const int64_t least_splits = ceil_div(max(plan.long_rows(rows), int64_t(1)), int64_t(1) << 30);  // rows fit an int
-  double least = -1;
-  for (const int lanes : {16, 32, 8}) {
-    if (plan.vec == 1 && lanes != 32) continue;
-    const int64_t stripes = ceil_div(max(columns, int64_t(1)), int64_t(lanes) * plan.vec);
-    const int64_t batch = kColsumUnroll * (kColsumThreads / lanes);  // rows that a block has in flight
-    const int64_t most = max(int64_t(1), min(int64_t(sms), plan.long_rows(rows) / batch));
-    for (int64_t splits = least_splits; splits <= max(least_splits, most); ++splits) {
-      const int64_t blocks = stripes * splits;
-      // Multiprocessors share the memory evenly, so the one with most blocks ends last; 7 of 8 saturate the memory.
-      const double rounds = double(ceil_div(blocks, sms) * sms) / double(blocks);
-      const double waste = blocks <= sms ? max(1.0, 0.875 * rounds) : rounds;
-      const double read_us = double(rows) * double(cols) * element / kBytesPerUs * waste +
-                             double(ceil_div(blocks, sms));  // and a microsecond for each block's start and end
-      const bool folded = splits * plan.merged + plan.tail > 1;
-      const double fold_us = folded ? 2.0 + double(splits) * double(columns) * 16 / kBytesPerUs : 0;
-      if (least < 0 || read_us + fold_us < 0.98 * least) {
-        least = read_us + fold_us;
-        plan.lanes = lanes, plan.stripes = stripes, plan.splits = splits;
-      }
-      if (blocks > 16 * sms) break;
-    }
+  const double time = cut(props, rows, cols, element, plan);
+  if (plan.merged > 1) {  // a small matrix is sooner done element by element than merged and folded
+    ColsumPlan single = {1, 32, 1, 0, 1, 1};
+    if (cut(props, rows, cols, element, single) < time) return single;
   }
   return plan;
 }

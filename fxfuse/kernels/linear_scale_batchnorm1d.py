@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxfuse.kernels import gemm
 from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, PTR, pointer, stream
-from fxfuse.kernels.loader import library
+from fxfuse.kernels.loader import KernelError, library
 
 __all__ = [
     "Columns", "Gradients", "backward", "eval_apply", "eval_product", "one_kernel", "train", "train_apply",
@@ -23,6 +23,7 @@ _NAME = "fxfuse_linear_scale_batchnorm1d_"
 _ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
 _SMALL_ROWS = 1024  # kSmallRows: up to here statistics and normalisation can be one launch
 _SMALL_ELEMENTS = 1 << 20  # ... and up to here that is the quicker way
+_TOO_LARGE_TO_COOPERATE = 720  # cudaErrorCooperativeLaunchTooLarge
 _PRODUCT_ROWS = 64  # rows of a partial that the Hopper GEMM writes
 
 #: How a batch's statistics reached ``train_apply``: (partials [blocks, N, 2], rows of a block); None: not computed yet.
@@ -145,7 +146,7 @@ def train_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Partials]:
     return acc, (partials, _PRODUCT_ROWS)
 
 
-def one_kernel(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> bool:
+def one_kernel(x: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether ``train`` takes this batch, beside what ``gemm.why_not_product`` asks."""
     return x.size(0) <= _SMALL_ROWS and x.dtype == out_dtype
 
@@ -158,9 +159,12 @@ def train(
     running_var: Tensor | None,
     momentum: float,
     keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """A training step in one kernel: (out [M, N], acc or None, saved [3, N]), where ``gemm.why_not_product`` is None
-    and M is at most 1024. ``keep``: whether the bare product acc is wanted for the backward pass."""
+    and M is at most 1024. ``keep``: whether the bare product acc is wanted for the backward pass.
+
+    None, and nothing done, where the device has no room for all of its blocks at once (part of it is set aside).
+    """
     a, b = gemm.rows(x), gemm.rows(weight)
     assert a is not None and b is not None
     m, n, device = x.size(0), weight.size(0), x.device.index
@@ -170,11 +174,16 @@ def train(
     scratch = torch.empty(blocks * n * 2 + -(-n // 128), dtype=torch.float32, device=x.device)
     saved = torch.empty(3, n, dtype=torch.float32, device=x.device)
     partials = scratch.data_ptr()
-    _functions().train(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
-        saved.data_ptr(), m, n, weight.size(1), a[1], b[1], *c.arguments(), *_vector(running_mean),
-        *_vector(running_var), momentum, DTYPE_CODE[x.dtype], device, stream(device),
-    )  # fmt: skip
+    try:
+        _functions().train(
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
+            saved.data_ptr(), m, n, weight.size(1), a[1], b[1], *c.arguments(), *_vector(running_mean),
+            *_vector(running_var), momentum, DTYPE_CODE[x.dtype], device, stream(device),
+        )  # fmt: skip
+    except KernelError as error:
+        if error.code != _TOO_LARGE_TO_COOPERATE:
+            raise
+        return None
     return out, acc, saved
 
 

@@ -28,6 +28,14 @@ __all__ = ["Library", "cache_dir", "library", "reset", "why_unavailable"]
 PREBUILT = builder.KERNELS / "_prebuilt"
 
 
+class KernelError(RuntimeError):
+    """A call into the kernels failed; ``code`` is CUDA's."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Library:
     """The loaded kernels. ``path`` is the file, ``origin`` one of "prebuilt", "cache" and "built now"."""
 
@@ -49,7 +57,7 @@ class Library:
         def call(*args: Any) -> None:
             code = function(*args)
             if code:
-                raise RuntimeError(f"{name}: {self.error(code)}")
+                raise KernelError(f"{name}: {self.error(code)}", code)
 
         call.__name__ = name
         return call

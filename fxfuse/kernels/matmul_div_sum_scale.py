@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,10 +82,58 @@ def forward(
 
     y has x.shape[:-1], in x's dtype or float32 (``dtype``).
     """
-    if weight.stride(1) != 1 and not weight.is_contiguous():  # a transposed weight: ATen sums along its rows
-        sums = _sums_of_transposed(weight, bias)
-        return frozen(x, sums, bias is not None, scale, dtype), sums
-    return _forward(x, weight, bias, None, scale, dtype)
+    address, weights = x.data_ptr(), weight.data_ptr()
+    key = (x.shape, x.stride(), weight.shape, weight.stride(), x.dtype, x.get_device(), address % 16, weights % 16)
+    layout = _layouts.get(key) or _layout(key, x, weight)
+    if layout is None or (bias is not None and bias.stride(0) != 1):
+        if weight.stride(1) != 1 and not weight.is_contiguous():  # a transposed weight: ATen sums along its rows
+            sums = _sums_of_transposed(weight, bias)
+            return frozen(x, sums, bias is not None, scale, dtype), sums
+        return _forward(x, weight, bias, None, scale, dtype)
+    outer, m, ldx, n, ldw, k, size, scratch_size, code, index = layout
+    y = x.new_empty(outer, dtype=dtype)
+    sums = torch.empty(size, dtype=torch.float32, device=x.device)
+    scratch = torch.empty(scratch_size, dtype=torch.float64, device=x.device) if scratch_size else None
+    v = sums.data_ptr()
+    _functions().forward(
+        address, ldx, m, weights, ldw, n, k, None if bias is None else bias.data_ptr(),
+        v, None if bias is None else v + 4 * (size - 2), None if scratch is None else scratch.data_ptr(), scale,
+        y.data_ptr(), dtype is torch.float32, code, index, stream(index),
+    )  # fmt: skip
+    return y, sums
+
+
+class _Layout(NamedTuple):
+    """What the kernels are told of an x and a weight that they read as they lie."""
+
+    outer: tuple[int, ...]
+    m: int
+    ldx: int
+    n: int
+    ldw: int
+    k: int
+    sums: int
+    scratch: int
+    dtype: int
+    device: int
+
+
+_layouts: dict[tuple[Any, ...], _Layout] = {}
+
+
+def _layout(key: tuple[Any, ...], x: Tensor, weight: Tensor) -> _Layout | None:
+    """The layout of an x and a weight, kept by what it depends on; None where one has to be copied."""
+    n, k = weight.shape
+    rows, weight_rows = _rows(x, k), _rows(weight, k)
+    if rows[0].data_ptr() != x.data_ptr() or weight_rows[0].data_ptr() != weight.data_ptr():
+        return None
+    if len(_layouts) > 4096:
+        _layouts.clear()
+    ldx, ldw, outer = rows[1], weight_rows[1], x.shape[:-1]
+    scratch = _scratch_size(n, k, ldw, weight, False)
+    found = _Layout(outer, outer.numel(), ldx, n, ldw, k, sums_size(k), scratch, DTYPE_CODE[x.dtype], x.get_device())
+    _layouts[key] = found
+    return found
 
 
 def frozen(x: Tensor, sums: Tensor, bias: bool, scale: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -180,7 +228,13 @@ _scratch_sizes: dict[tuple[int, int, int, bool, bool, torch.dtype, int], int] = 
 
 
 def _scratch(rows: int, cols: int, ld: int, t: Tensor, weighted: bool) -> Tensor | None:
-    """Scratch for the column sums of t, None where none is needed. How much is asked once per size and layout."""
+    """Scratch for the column sums of t, None where none is needed."""
+    size = _scratch_size(rows, cols, ld, t, weighted)
+    return torch.empty(size, dtype=torch.float64, device=t.device) if size else None
+
+
+def _scratch_size(rows: int, cols: int, ld: int, t: Tensor, weighted: bool) -> int:
+    """Its float64 elements, asked once per size and layout."""
     key = (rows, cols, ld, t.data_ptr() % 16 == 0, weighted, t.dtype, t.device.index)
     size = _scratch_sizes.get(key)
     if size is None:
@@ -189,4 +243,4 @@ def _scratch(rows: int, cols: int, ld: int, t: Tensor, weighted: bool) -> Tensor
         found = I64()
         _functions().scratch(rows, cols, ld, key[3], weighted, ctypes.addressof(found), DTYPE_CODE[t.dtype], key[6])
         size = _scratch_sizes[key] = found.value
-    return torch.empty(size, dtype=torch.float64, device=t.device) if size else None
+    return size

@@ -202,9 +202,16 @@ inline cudaError_t launch_rowdot(const DeviceProps& props, RowdotArgs<T> args, i
   constexpr int kMost = 32 / kVec;  // pieces per thread: 32 values of v stay in registers
   if (args.rows == 0) return cudaSuccess;
   if (!aligned16(args.x) || args.ld % kVec != 0 || cols % kVec != 0 || cols == 0) {
-    if (cols <= 128) return launch_rowdot_any<T, 8, 4>(props, args, cols, stream);
-    if (cols <= 2048) return launch_rowdot_any<T, kWarp, 4>(props, args, cols, stream);
-    return launch_rowdot_any<T, kRowdotThreads, 2>(props, args, cols, stream);
+    // Rows share v where there are enough of them to keep every multiprocessor busy; few rows are spread out.
+    const int64_t few = int64_t(2) * props.sm_count;  // blocks
+    if (cols <= 128) {
+      if (args.rows > 128 * few) return launch_rowdot_any<T, 8, 4>(props, args, cols, stream);
+      return launch_rowdot_any<T, 8, 1>(props, args, cols, stream);
+    }
+    if (cols <= 2048 && args.rows > 32 * few) return launch_rowdot_any<T, kWarp, 4>(props, args, cols, stream);
+    if (cols <= 512) return launch_rowdot_any<T, kWarp, 1>(props, args, cols, stream);
+    if (args.rows > 2 * few) return launch_rowdot_any<T, kRowdotThreads, 2>(props, args, cols, stream);
+    return launch_rowdot_any<T, kRowdotThreads, 1>(props, args, cols, stream);
   }
   // The largest ring is for Hopper's shared memory.
   const int64_t most = RowdotShape<T, kMost>::kRing <= props.smem_per_block ? kMost : kMost / 2;

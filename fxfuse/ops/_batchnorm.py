@@ -98,8 +98,11 @@ def kernel_training(
     if mean is not None and var is not None and not (update and mean.is_contiguous() and var.is_contiguous()):
         mean, var = mean.clone(memory_format=torch.contiguous_format), var.clone(memory_format=torch.contiguous_format)
     product = gemm.why_not_product(x, weight) is None
-    if product and kernels.one_kernel(x, weight, out_dtype):
-        out, acc, saved = kernels.train(x, weight, c, mean, var, momentum, keep)
+    done = None
+    if product and kernels.one_kernel(x, out_dtype):
+        done = kernels.train(x, weight, c, mean, var, momentum, keep)
+    if done is not None:
+        out, acc, saved = done
     else:
         acc, partials = kernels.train_product(x, weight) if product else (F.linear(x, weight), None)
         out = acc if acc.dtype == out_dtype and not keep else torch.empty_like(acc, dtype=out_dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fxfuse.kernels import linear_scale_batchnorm1d as kernels
 from fxfuse.kernels import loader
 from fxfuse.ops.linear_activation_scale import OP as ACTIVATION
 from fxfuse.ops.linear_activation_scale import linear_activation_scale
@@ -185,3 +186,19 @@ def test_a_training_step_bound_by_the_host_goes_by_eagers_own_operations():
     with torch.cuda.graph(graph):  # replayed without the host
         assert ACTIVATION.road(*args).name == "kernel"
         x * 2
+
+
+def test_a_step_that_cannot_have_all_its_blocks_at_once_takes_several_kernels(monkeypatch):
+    real = kernels._functions()
+
+    def refuse(*args):
+        raise loader.KernelError("no room", 720)
+
+    monkeypatch.setattr(kernels, "_functions", lambda: real._replace(train=refuse))
+    x, layer, bn = torch.randn(512, 512, device="cuda").bfloat16(), nn.Linear(512, 6400), nn.BatchNorm1d(6400)
+    layer, bn = layer.to("cuda", torch.bfloat16), bn.cuda()
+    original = copy.deepcopy(bn)
+    got = linear_scale_batchnorm1d_module(bn, x, layer.weight, layer.bias)
+    want = original.double()(x.double() @ layer.weight.double().T + layer.bias.double())
+    assert error(got, want) < 3e-3
+    torch.testing.assert_close(bn.running_var.double(), original.running_var, rtol=3e-3, atol=1e-4)
