@@ -23,18 +23,6 @@ constexpr int kRingMostCluster = 16;
 constexpr int kRingMostSlots = 4;
 constexpr int kRingThreads = 256;
 
-// Whether this is the last of `count` callers, which then starts the count anew.
-__device__ __forceinline__ bool last_to_take(int* counter, int count) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  int before;
-  asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
-               : "=r"(before) : "r"(shared_address(counter)) : "memory");
-  if (before != count - 1) return false;
-  *counter = 0;
-#endif
-  return true;
-}
-
 // A logit that counts nothing beside any other, which saves asking whether a lane has a pack. float16 has none such.
 template <typename T> __device__ constexpr bool kPads = sizeof(T) == 4;
 template <> __device__ constexpr bool kPads<__nv_bfloat16> = true;

@@ -129,4 +129,16 @@ template <typename V>
 __device__ __forceinline__ void store_remote(V*, int, const V&) {}
 #endif
 
+// Whether this is the last of `count` callers, which then starts the count anew.
+__device__ __forceinline__ bool last_to_take(int* counter, int count) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  int before;
+  asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
+               : "=r"(before) : "r"(shared_address(counter)) : "memory");
+  if (before != count - 1) return false;
+  *counter = 0;
+#endif
+  return true;
+}
+
 }  // namespace fxfuse
