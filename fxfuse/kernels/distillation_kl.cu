@@ -2,22 +2,32 @@
 //
 //   loss = scale * factor * sum_rows KL(softmax(teacher / Tt) || softmax(student / Ts))
 //
-// Three roads, chosen by the length of a row (softmax_pair.cuh has the algebra they share):
+// Four roads, chosen by the length of a row (softmax_pair.cuh has the algebra they share):
 //   short      a warp holds a row in registers                                       distillation_rows.cuh
 //   resident   a block, or a cluster of blocks, holds a row in shared memory          distillation_resident.cuh
+//   ring       a cluster holds a row in registers, the next ones in shared memory     distillation_ring.cuh
 //   stream     rows split over the device; gradients read the logits a second time   distillation_stream.cuh
 #include "distillation_resident.cuh"
+#include "distillation_ring.cuh"
 #include "distillation_stream.cuh"
 #include "finish.cuh"
+#include "pdl.cuh"
+
+#include <atomic>
 
 namespace {
 
 using namespace fxfuse;
 
-enum Road : int { kAuto = 0, kShort = 1, kResident = 2, kStream = 3 };
+enum Road : int { kAuto = 0, kShort = 1, kResident = 2, kStream = 3, kRing = 4 };
 
 // Without gradients nothing need be held: rows of more bytes than this are read as a stream.
 constexpr int64_t kStreamBytes = 32768;
+// With gradients, on Hopper: rows of more bytes than this (and of more than one row) go through the ring.
+constexpr int64_t kRingBytes = 49152;
+
+// Hopper's copy engine is slower where a copy starts off a line of 128 bytes, so shares of rows are whole lines.
+constexpr int64_t kCopyPacks = 8;
 
 struct Call {
   DistillArgs args;
@@ -27,6 +37,7 @@ struct Call {
   bool grads;
   bool together;  // 16-byte boundaries fall on the same elements of every tensor
   bool rows_aligned;
+  int device;
 };
 
 // Fails over to cudaErrorNotSupported where the road cannot take the call.
@@ -107,6 +118,8 @@ bool plan_resident(const Call& call, ResidentPlan& plan) {
   const auto bytes = [&](int cluster) {
     const int warps = plan.threads / kWarp;
     plan.packs_per_warp = int(ceil_div<int64_t>(packs, int64_t(cluster) * warps));
+    if (hopper && plan.packs_per_warp > 8 * kCopyPacks)
+      plan.packs_per_warp = int(ceil_div<int64_t>(plan.packs_per_warp, kCopyPacks) * kCopyPacks);
     return int64_t(plan.packs_per_warp) * warps * 2 * 16;
   };
   const int64_t room = call.props.smem_per_block - 3072;           // one block an SM
@@ -137,6 +150,98 @@ int launch_resident(const Call& call, const ResidentPlan& plan, int* partials) {
   const auto few = resident_kernel<T, LOG_TARGET, HOPPER, kFew>;
   const auto all = resident_kernel<T, LOG_TARGET, HOPPER, kResidentThreads>;
   return launch_groups(plan.threads == kFew ? few : all, plan, plan.threads, call, partials);
+}
+
+// A ring kernel as it would be launched: the cluster that leaves the fewest rounds of rows, the largest of these.
+struct RingLaunch {
+  RingPlan plan;
+  int groups = 0;
+  int64_t rounds = 0;
+};
+
+// Clusters of `size` blocks that run at a time on the current device; asked of the driver once.
+template <auto KERNEL>
+cudaError_t ring_clusters(int device, int size, int smem_bytes, int* clusters) {
+  static std::atomic<int> known[kMaxDevices][kRingMostCluster + 1];
+  std::atomic<int>& slot = known[device][size];
+  if (slot.load(std::memory_order_relaxed) == 0) {
+    cudaError_t error = prepare_shared_memory<KERNEL>(smem_bytes);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = size;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(size);
+    config.blockDim = dim3(kRingThreads);
+    config.dynamicSmemBytes = size_t(smem_bytes);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int found = 0;
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&found, KERNEL, &config);
+    if (error != cudaSuccess) return error;
+    slot.store(found + 1, std::memory_order_relaxed);
+  }
+  *clusters = slot.load(std::memory_order_relaxed) - 1;
+  return cudaSuccess;
+}
+
+template <int PACKS> constexpr int kRingSlotBytes = 2 * PACKS * kRingThreads * 16;
+template <int PACKS> constexpr int kRingSlots = PACKS <= 8 ? 3 : 2;
+
+template <auto KERNEL, int CHUNKS, int PACKS>
+cudaError_t plan_ring(const Call& call, int64_t packs, RingLaunch& best) {
+  constexpr int kChunk = PACKS * kRingThreads;
+  for (int cluster = 1; cluster <= kRingMostCluster; ++cluster) {
+    const int64_t share = ceil_div<int64_t>(packs, cluster * kCopyPacks) * kCopyPacks;
+    if (share > CHUNKS * kChunk) continue;
+    if (cluster > 1 && share < kChunk / 4) break;
+    int clusters = 0;
+    const cudaError_t error =
+        ring_clusters<KERNEL>(call.device, cluster, kRingSlots<PACKS> * kRingSlotBytes<PACKS>, &clusters);
+    if (error != cudaSuccess) return error;
+    if (clusters == 0) continue;
+    const int64_t rounds = ceil_div<int64_t>(call.args.rows, clusters);
+    if (best.groups != 0 && rounds > best.rounds) continue;
+    best.plan = {cluster, int(share), int(ceil_div<int64_t>(share, kChunk)), kRingSlots<PACKS>};
+    best.groups = int(call.args.rows < clusters ? call.args.rows : clusters);
+    best.rounds = rounds;
+  }
+  return cudaSuccess;
+}
+
+template <auto KERNEL, int PACKS>
+int launch_ring(const Call& call, const RingLaunch& launch, int* partials) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = launch.plan.cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(launch.groups * launch.plan.cluster);
+  config.blockDim = dim3(kRingThreads);
+  config.dynamicSmemBytes = size_t(launch.plan.slots * kRingSlotBytes<PACKS>);
+  config.stream = call.stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  FXFUSE_CHECK(cudaLaunchKernelEx(&config, KERNEL, call.args, launch.plan));
+  *partials = launch.groups * launch.plan.cluster;
+  return 0;
+}
+
+// Two sizes of block shares: the larger has less of the next row under way, and is taken where it spares rounds.
+template <typename T, bool LOG_TARGET, bool KEEP>
+int run_ring(const Call& call, int* partials) {
+  constexpr auto kSmall = ring_kernel<T, LOG_TARGET, kRingThreads, 2, 8, KEEP>;
+  constexpr auto kLarge = ring_kernel<T, LOG_TARGET, kRingThreads, 2, 10, KEEP>;
+  const int64_t packs = call.args.vocab / Pack<T>::N;
+  if (!call.together || !call.grads || !is_hopper(call.props)) return int(cudaErrorNotSupported);
+  RingLaunch small, large;
+  FXFUSE_CHECK((plan_ring<kSmall, 2, 8>(call, packs, small)));
+  FXFUSE_CHECK((plan_ring<kLarge, 2, 10>(call, packs, large)));
+  const bool spares = large.groups != 0 && (small.groups == 0 || large.rounds * 5 <= small.rounds * 4);
+  if (spares) return launch_ring<kLarge, 10>(call, large, partials);
+  if (small.groups != 0) return launch_ring<kSmall, 8>(call, small, partials);
+  return int(cudaErrorNotSupported);
 }
 
 template <typename T, bool LOG_TARGET>
@@ -173,6 +278,12 @@ int run(const Call& call, int road, int* partials) {
   }
   int code = int(cudaErrorNotSupported);
   const bool streams = !call.grads && call.args.vocab * int64_t(sizeof(T)) > kStreamBytes;
+  if (road == kRing || (road == kAuto && call.grads && call.args.vocab * int64_t(sizeof(T)) > kRingBytes)) {
+    const bool keep = call.args.grad_teacher == nullptr;
+    if (keep) code = run_ring<T, LOG_TARGET, true>(call, partials);
+    else if constexpr (sizeof(T) == 4) code = run_ring<T, LOG_TARGET, false>(call, partials);  // half types: slower
+    if (code != int(cudaErrorNotSupported)) return code;
+  }
   const bool hold = road == kResident || (road == kAuto && !streams);
   ResidentPlan plan;
   if (hold && plan_resident<T>(call, plan)) {
@@ -197,7 +308,7 @@ FXFUSE_API int fxfuse_distillation_kl_scratch(int64_t rows, int64_t* bytes) {
 // student, teacher, gradients: dense [rows, vocab], rows and vocab > 0, temperatures > 0.
 // `loss` (one element, may be null): scale * factor * the sum over rows.
 // grad_student, grad_teacher (may be null): its gradients, times grad_output[0] where that is not null.
-// road: 0 lets the library choose; 1, 2, 3 name one (tests and benchmarks), cudaErrorInvalidValue where it cannot.
+// road: 0 lets the library choose; 1 to 4 name one (tests and benchmarks), cudaErrorInvalidValue where it cannot.
 FXFUSE_API int fxfuse_distillation_kl(const void* student, const void* teacher, const void* grad_output, void* loss,
                                       void* grad_student, void* grad_teacher, void* scratch, int64_t rows,
                                       int64_t vocab, double student_temperature, double teacher_temperature,
@@ -209,10 +320,9 @@ FXFUSE_API int fxfuse_distillation_kl(const void* student, const void* teacher, 
   RowState* const states = reinterpret_cast<RowState*>(partial + kMaxPartials);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   Call call{DistillArgs{student, teacher, grad_output, grad_student, grad_teacher, loss != nullptr ? partial : nullptr,
-                        states, states + rows, rows, vocab, float(student_temperature), float(teacher_temperature),
-                        float(scale), float(factor),
+                        states, states + rows, rows, vocab, student_temperature, teacher_temperature, scale, factor,
                         Scales{scale_of(teacher_temperature), scale_of(student_temperature)}},
-            *props, s, log_target != 0, grad_student != nullptr || grad_teacher != nullptr, false, false};
+            *props, s, log_target != 0, grad_student != nullptr || grad_teacher != nullptr, false, false, device};
   const auto offset = [](const void* p) { return reinterpret_cast<uintptr_t>(p) & 15; };
   const auto meets = [&](const void* p) { return p == nullptr || offset(p) == offset(student); };
   call.together = meets(teacher) && meets(grad_student) && meets(grad_teacher);

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(THREADS, 768 / THREADS) resident_kernel(Distil
 #endif
   if constexpr (kRuns) {
     constexpr int N = Pack<T>::N, kWarps = THREADS / kWarp;
-    extern __shared__ uint4 slices[];
+    extern __shared__ __align__(128) uint4 slices[];
     __shared__ alignas(8) uint64_t arrived[kMostStages][kWarps];
     __shared__ RowState warp_states[2][kWarps];
     __shared__ RowState block_states[2][kMostCluster];  // written by the cluster's other blocks
@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(THREADS, 768 / THREADS) resident_kernel(Distil
     T* const grad_student = static_cast<T*>(a.grad_student);
     T* const grad_teacher = static_cast<T*>(a.grad_teacher);
     const bool grads = grad_student != nullptr || grad_teacher != nullptr;
-    const float g = grads ? incoming_gradient<T>(a) : 1.f;
+    const Incoming in = grads ? incoming_gradient<T>(a) : Incoming{};
     const bool keep = grad_student != nullptr && grad_teacher == nullptr;
-    const bool minima = kNeedsMinima<T> || grad_teacher != nullptr;
+    const bool teacher_grads = grad_teacher != nullptr;
 
     const auto slice = [&](int stage, int tensor) {
       return reinterpret_cast<Pack<T>*>(slices) +
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(THREADS, 768 / THREADS) resident_kernel(Distil
         state.mt = fmaxf(kLowest, most_t.get());
         state.ms = fmaxf(kLowest, most_s.get());
       }
-      if (minima) {
+      if (kNeedsMinima<T> || teacher_grads) {
         PackExtreme<T, false> least_s, least_t;
         for (int i = lane; i < count; i += kWarp) {
           least_s.take(s[i]);
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(THREADS, 768 / THREADS) resident_kernel(Distil
         }
       }
       if (edge >= 0) add_lone<T, LOG_TARGET>(state, edge_s, edge_t, a.scales);
-      state.join_lanes<T>(a.scales, minima);
+      state.join_lanes<T>(a.scales, teacher_grads);
 
       // Warps to block, blocks to cluster. Two sets of slots: a block can be one row ahead, never two.
       const int set = round & 1;
@@ -153,29 +153,27 @@ __global__ void __launch_bounds__(THREADS, 768 / THREADS) resident_kernel(Distil
       __syncthreads();
       if (cluster == 1 || warp == 0) {
         state = warp_states[set][lane % kWarps];
-        state.join_lanes<T, kWarps>(a.scales, minima);
+        state.join_lanes<T, kWarps>(a.scales, teacher_grads);
       }
       if constexpr (HOPPER) {
         if (cluster > 1) {
           if (warp == 0 && lane < cluster) store_remote(&block_states[set][rank], lane, state);
           cluster_sync();
           state = lane % kMostCluster < cluster ? block_states[set][lane % kMostCluster] : RowState{};
-          state.join_lanes<T, kMostCluster>(a.scales, minima);
+          state.join_lanes<T, kMostCluster>(a.scales, teacher_grads);
         }
       }
 
-      if (!state.plain<T>(a.scales)) {
+      if (!state.plain<T>(a.scales, in.g, teacher_grads)) {
         if (rank == 0) {
-          const double loss = exact_row<T, LOG_TARGET, THREADS>(
-              student + row_at, teacher + row_at, a.vocab, a.temperature_s, a.temperature_t, g,
-              grad_student ? grad_student + row_at : nullptr, grad_teacher ? grad_teacher + row_at : nullptr);
+          const double loss = exact_row_of<T, LOG_TARGET, THREADS>(a, row, in.g);
           if (threadIdx.x == 0) losses.sum += loss;
         }
       } else {
         if (rank == 0 && warp == 0 && a.partial != nullptr) losses.push(state);
         if (grads) {
           RowGrads r;
-          r.prepare<T, LOG_TARGET>(state, a.scales, g, grad_teacher != nullptr);
+          r.prepare<T, LOG_TARGET>(state, a.scales, in, teacher_grads);
           const int64_t at = row_at + shape.head + slice_first * N;
           if (keep) {
             const float lane_a = r.a_s * exp2_fast(a.scales.s.shift<T>(lane_ms, r.ms));

@@ -17,8 +17,8 @@ struct DistillArgs {
   RowState* row_states;     // the road of long rows: one a row, then one a piece of a row
   RowState* pieces;
   int64_t rows, vocab;
-  float temperature_s, temperature_t;
-  float scale, factor;      // the loss is scale * (factor * sum)
+  double temperature_s, temperature_t;
+  double scale, factor;     // the loss is scale * (factor * sum)
   Scales scales;
 };
 
@@ -46,9 +46,24 @@ struct RowShape {
 };
 
 template <typename T>
-__device__ __forceinline__ float incoming_gradient(const DistillArgs& a) {
-  const float g = a.grad_output == nullptr ? 1.f : ld_one(static_cast<const T*>(a.grad_output));
-  return range_as<T>(range_as<T>(g * a.scale) * a.factor);
+__device__ __forceinline__ Incoming incoming_gradient(const DistillArgs& a) {
+  const double given = a.grad_output == nullptr ? 1. : double(ld_one(static_cast<const T*>(a.grad_output)));
+  // Eager stores the product with the scale, and that with the factor: where these are 0 or infinite, so is g.
+  const float scaled = range_as<T>(float(given * a.scale));
+  double wide = (scaled == 0.f || isinf(scaled) ? double(scaled) : given * a.scale) * a.factor;
+  const float g = range_as<T>(float(wide));
+  if (g == 0.f || isinf(g)) wide = double(g);
+  return {g, float(wide / a.temperature_s), float(wide / a.temperature_t * 0.6931471805599453094)};
+}
+
+// A row as eager does it (softmax_pair_exact.cuh), by a whole block. Returns its loss.
+template <typename T, bool LOG_TARGET, int THREADS>
+__device__ __forceinline__ double exact_row_of(const DistillArgs& a, int64_t row, float g) {
+  const int64_t at = row * a.vocab;
+  return exact_row<T, LOG_TARGET, THREADS>(
+      static_cast<const T*>(a.student) + at, static_cast<const T*>(a.teacher) + at, a.vocab, float(a.temperature_s),
+      float(a.temperature_t), g, a.grad_student != nullptr ? static_cast<T*>(a.grad_student) + at : nullptr,
+      a.grad_teacher != nullptr ? static_cast<T*>(a.grad_teacher) + at : nullptr);
 }
 
 // Takes a lone pair of logits into a state whose maxima may not cover it yet.
@@ -75,8 +90,8 @@ __global__ void __launch_bounds__(kWarpRowThreads) warp_rows_kernel(DistillArgs 
   constexpr int N = Pack<T>::N, kWarps = kWarpRowThreads / kWarp;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, vocab = int(a.vocab);
   const bool grads = a.grad_student != nullptr || a.grad_teacher != nullptr;
-  const float g = grads ? incoming_gradient<T>(a) : 1.f;
-  const bool minima = kNeedsMinima<T> || a.grad_teacher != nullptr;
+  const Incoming in = grads ? incoming_gradient<T>(a) : Incoming{};
+  const bool teacher = a.grad_teacher != nullptr;
   __shared__ int64_t unusual[kWarps];
   LossQueue losses;
   // Index in the row of element i of pack k: packs for aligned rows, else neighbouring lanes on neighbouring elements.
@@ -132,12 +147,12 @@ __global__ void __launch_bounds__(kWarpRowThreads) warp_rows_kernel(DistillArgs 
             float sv = ps[k].get(i), tv = pt[k].get(i);
             state.add<T, LOG_TARGET>(sv, tv, a.scales);
           }
-      state.join_lanes<T>(a.scales, minima);
-      plain = state.plain<T>(a.scales);
+      state.join_lanes<T>(a.scales, teacher);
+      plain = state.plain<T>(a.scales, in.g, teacher);
       if (plain && a.partial != nullptr) losses.push(state);
       if (plain && grads) {
         RowGrads r;
-        r.prepare<T, LOG_TARGET>(state, a.scales, g, a.grad_teacher != nullptr);
+        r.prepare<T, LOG_TARGET>(state, a.scales, in, teacher);
         T* const gs = a.grad_student != nullptr ? static_cast<T*>(a.grad_student) + row * a.vocab : nullptr;
         T* const gt = a.grad_teacher != nullptr ? static_cast<T*>(a.grad_teacher) + row * a.vocab : nullptr;
 #pragma unroll
@@ -161,12 +176,8 @@ __global__ void __launch_bounds__(kWarpRowThreads) warp_rows_kernel(DistillArgs 
     if (lane == 0) unusual[warp] = plain ? -1 : row;
     __syncthreads();
     for (int w = 0; w < kWarps; ++w) {
-      const int64_t at = unusual[w] * a.vocab;
       if (unusual[w] < 0) continue;
-      const double loss = exact_row<T, LOG_TARGET, kWarpRowThreads>(
-          static_cast<const T*>(a.student) + at, static_cast<const T*>(a.teacher) + at, a.vocab, a.temperature_s,
-          a.temperature_t, g, a.grad_student ? static_cast<T*>(a.grad_student) + at : nullptr,
-          a.grad_teacher ? static_cast<T*>(a.grad_teacher) + at : nullptr);
+      const double loss = exact_row_of<T, LOG_TARGET, kWarpRowThreads>(a, unusual[w], in.g);
       if (threadIdx.x == 0) losses.sum += loss;
     }
     __syncthreads();

@@ -24,14 +24,14 @@ struct Deal {
 // Takes COUNT packs of each row into the state: their maxima first, then their sums.
 template <typename T, bool LOG_TARGET, int COUNT>
 __device__ __forceinline__ void add_packs(RowState& state, const Pack<T> (&s)[COUNT], const Pack<T> (&t)[COUNT],
-                                          Scales c, bool minima) {
+                                          Scales c, bool teacher) {
   PackExtreme<T, true> most_s(s[0]), most_t(t[0]);
 #pragma unroll
   for (int k = 1; k < COUNT; ++k) {
     most_s.take(s[k]);
     most_t.take(t[k]);
   }
-  if (minima) {
+  if (kNeedsMinima<T> || teacher) {
     PackExtreme<T, false> least_s(s[0]), least_t(t[0]);
 #pragma unroll
     for (int k = 1; k < COUNT; ++k) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kStreamThreads, 4) stream_sums_kernel(DistillA
   constexpr int N = Pack<T>::N;
   __shared__ RowState warp_states[2][kStreamWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const bool minima = kNeedsMinima<T> || a.grad_teacher != nullptr;
+  const bool teacher = a.grad_teacher != nullptr;
   int set = 0;
   for_each_share(deal, [&](int64_t row, int unit, int end) {
     const T* const s = static_cast<const T*>(a.student) + row * a.vocab;
@@ -101,20 +101,20 @@ __global__ void __launch_bounds__(kStreamThreads, 4) stream_sums_kernel(DistillA
         vs[k] = load_pack(ps + (i + k * kStreamThreads) * N, aligned);
         vt[k] = load_pack(pt + (i + k * kStreamThreads) * N, aligned);
       }
-      add_packs<T, LOG_TARGET, kStreamUnroll>(state, vs, vt, a.scales, minima);
+      add_packs<T, LOG_TARGET, kStreamUnroll>(state, vs, vt, a.scales, teacher);
     }
     for (; i < share.last; i += kStreamThreads) {
       const Pack<T> vs[1] = {load_pack(ps + i * N, aligned)}, vt[1] = {load_pack(pt + i * N, aligned)};
-      add_packs<T, LOG_TARGET, 1>(state, vs, vt, a.scales, minima);
+      add_packs<T, LOG_TARGET, 1>(state, vs, vt, a.scales, teacher);
     }
     const int64_t edge = share.edges && warp == 0 ? share.shape.edge(lane, a.vocab) : -1;
     if (edge >= 0) add_lone<T, LOG_TARGET>(state, ld_one(s + edge), ld_one(t + edge), a.scales);
-    state.join_lanes<T>(a.scales, minima);
+    state.join_lanes<T>(a.scales, teacher);
     if (lane == 0) warp_states[set][warp] = state;
     __syncthreads();
     if (warp == 0) {
       state = warp_states[set][lane % kStreamWarps];
-      state.join_lanes<T, kStreamWarps>(a.scales, minima);
+      state.join_lanes<T, kStreamWarps>(a.scales, teacher);
       if (lane == 0) a.pieces[row + blockIdx.x] = state;
     }
     set ^= 1;
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_rows_kernel(DistillArgs
   __shared__ int64_t unusual[kStreamWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const bool grads = a.grad_student != nullptr || a.grad_teacher != nullptr;
-  const float g = grads ? incoming_gradient<T>(a) : 1.f;
-  const bool minima = kNeedsMinima<T> || a.grad_teacher != nullptr;
+  const Incoming in = grads ? incoming_gradient<T>(a) : Incoming{};
+  const bool teacher = a.grad_teacher != nullptr;
   LossQueue losses;
   for (int64_t base = int64_t(blockIdx.x) * kStreamWarps; base < a.rows; base += int64_t(gridDim.x) * kStreamWarps) {
     const int64_t row = base + warp;
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_rows_kernel(DistillArgs
       RowState state;
       for (int64_t block = deal.block_of(row * deal.per_row) + lane; block <= last; block += kWarp)
         state.join<T>(a.pieces[row + block], a.scales);
-      state.join_lanes<T>(a.scales, minima);
-      plain = state.plain<T>(a.scales);
+      state.join_lanes<T>(a.scales, teacher);
+      plain = state.plain<T>(a.scales, in.g, teacher);
       if (plain && a.partial != nullptr) losses.push(state);
       if (lane == 0) {
         if (!plain) state.mt = __int_as_float(0x7fffffff);
@@ -152,11 +152,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_rows_kernel(DistillArgs
     __syncthreads();
     for (int w = 0; w < kStreamWarps; ++w) {
       if (unusual[w] < 0) continue;
-      const int64_t at = unusual[w] * a.vocab;
-      const double loss = exact_row<T, LOG_TARGET, kStreamThreads>(
-          static_cast<const T*>(a.student) + at, static_cast<const T*>(a.teacher) + at, a.vocab, a.temperature_s,
-          a.temperature_t, g, a.grad_student ? static_cast<T*>(a.grad_student) + at : nullptr,
-          a.grad_teacher ? static_cast<T*>(a.grad_teacher) + at : nullptr);
+      const double loss = exact_row_of<T, LOG_TARGET, kStreamThreads>(a, unusual[w], in.g);
       if (threadIdx.x == 0) losses.sum += loss;
     }
     __syncthreads();
@@ -174,7 +170,7 @@ template <typename T, bool LOG_TARGET>
 __global__ void __launch_bounds__(kStreamThreads, 4) stream_grads_kernel(DistillArgs a, Deal deal, bool aligned) {
   constexpr int N = Pack<T>::N;
   constexpr int kUnroll = 2;
-  const float g = incoming_gradient<T>(a);
+  const Incoming in = incoming_gradient<T>(a);
   T* const grad_student = static_cast<T*>(a.grad_student);
   T* const grad_teacher = static_cast<T*>(a.grad_teacher);
   for_each_share(deal, [&](int64_t row, int unit, int end) {
@@ -186,7 +182,7 @@ __global__ void __launch_bounds__(kStreamThreads, 4) stream_grads_kernel(Distill
     const Share share = Share::of(s, a.vocab, aligned, unit, end, deal.per_row);
     const int64_t at = row_at + share.shape.head;
     RowGrads r;
-    r.prepare<T, LOG_TARGET>(state, a.scales, g, grad_teacher != nullptr);
+    r.prepare<T, LOG_TARGET>(state, a.scales, in, grad_teacher != nullptr);
     const auto write = [&](const Pack<T>& vs, const Pack<T>& vt, int64_t i) {
       r.write(vs, vt, grad_student != nullptr ? grad_student + at + i * N : nullptr,
               grad_teacher != nullptr ? grad_teacher + at + i * N : nullptr, aligned);

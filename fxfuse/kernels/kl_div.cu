@@ -9,87 +9,19 @@
 // the two floats. A scalar loss of plain probabilities therefore takes a shorter road (kl_div_fast.cuh) a pack at a
 // time, and comes back to the long one for any pack that holds a negative, infinite, NaN or vanishing number.
 #include "finish.cuh"
-#include "kl_div_fast.cuh"
-#include "kl_div_point.cuh"
+#include "kl_div_ring.cuh"
+#include "pdl.cuh"
 
 namespace {
 
 using namespace fxfuse;
+using Mode = KlDivMode;
 
 constexpr int kThreads = 256;
-
-enum class Mode {
-  kReduce,       // partial sums
-  kReduceGrads,  // partial sums, and gradients for an incoming gradient of 1
-  kNone,         // elementwise loss
-  kBackward,     // gradients for a given incoming gradient
-};
 
 // Packs of each input that a thread has in flight. Passes that also write need fewer, and the registers for more warps.
 template <Mode MODE> constexpr int kUnroll = MODE == Mode::kReduce ? 4 : 2;
 template <Mode MODE> constexpr int kBlocksPerSm = MODE == Mode::kReduce ? 5 : MODE == Mode::kReduceGrads ? 3 : 4;
-
-
-struct Args {
-  const void* input;
-  const void* target;
-  const void* grad_output;  // kBackward: n elements, or one where !grad_is_vector
-  void* out;                // kNone
-  void* grad_input;         // null where not wanted
-  void* grad_target;
-  double* partial;
-  int64_t n;
-  float factor;             // what a reduction multiplies by: 1, 1 / n or 1 / batch
-  bool grad_is_vector;
-  bool aligned;             // every pointer in use is 16-byte aligned
-};
-
-// A pack of elements. Returns the sum of their losses; x takes the loss (kNone) or the gradient of the input, t the
-// gradient of the target.
-template <typename T, bool LOG_TARGET, bool LOG_INPUT, Mode MODE>
-__device__ __forceinline__ float pack_of_points(Pack<T>& x, Pack<T>& t, const Pack<T>* vector_g, float constant_g) {
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < Pack<T>::N; ++i) {
-    const float g = vector_g != nullptr ? vector_g->get(i) : constant_g;
-    const Point r = point<T, LOG_TARGET, LOG_INPUT>(x.get(i), t.get(i), g);
-    sum += r.loss;
-    if constexpr (MODE == Mode::kNone) x.set(i, r.loss);
-    if constexpr (MODE == Mode::kReduceGrads || MODE == Mode::kBackward) {
-      x.set(i, r.grad_input);
-      t.set(i, r.grad_target);
-    }
-  }
-  return sum;
-}
-
-// The long road beside the fast one: calls, so that the loop around them stays small.
-template <typename T, bool LOG_INPUT>
-__device__ __noinline__ float long_road(uint4 x_raw, uint4 t_raw) {
-  Pack<T> x, t;
-  x.raw = x_raw;
-  t.raw = t_raw;
-  return pack_of_points<T, false, LOG_INPUT, Mode::kReduce>(x, t, nullptr, 1.f);
-}
-struct PackGrads {
-  uint4 input, target;
-  float loss;
-};
-template <typename T, bool LOG_INPUT>
-__device__ __noinline__ PackGrads long_road_grads_call(uint4 x_raw, uint4 t_raw, float g) {
-  Pack<T> x, t;
-  x.raw = x_raw;
-  t.raw = t_raw;
-  const float loss = pack_of_points<T, false, LOG_INPUT, Mode::kReduceGrads>(x, t, nullptr, g);
-  return {x.raw, t.raw, loss};
-}
-template <typename T, bool LOG_INPUT>
-__device__ __forceinline__ float long_road_grads(Pack<T>& x, Pack<T>& t, float g) {
-  const PackGrads r = long_road_grads_call<T, LOG_INPUT>(x.raw, t.raw, g);
-  x.raw = r.input;
-  t.raw = r.target;
-  return r.loss;
-}
 
 // UNROLL packs of a chunk that starts at p. Unaligned data is read one element at a time with neighbouring threads on
 // neighbouring elements; the order inside a chunk then differs, alike for every tensor.
@@ -122,7 +54,7 @@ __device__ __forceinline__ void store_chunk(T* p, const Pack<T> (&v)[UNROLL], bo
 }
 
 template <typename T, bool LOG_TARGET, bool LOG_INPUT, Mode MODE>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<MODE>) kl_div_kernel(Args a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<MODE>) kl_div_kernel(KlDivArgs a) {
   constexpr int N = Pack<T>::N;
   constexpr int64_t kChunk = int64_t(kThreads) * kUnroll<MODE> * N;
   constexpr bool kSum = MODE == Mode::kReduce || MODE == Mode::kReduceGrads;
@@ -220,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<MODE>) kl_div_kernel(Ar
 }
 
 template <typename T, bool LOG_TARGET, bool LOG_INPUT, Mode MODE>
-int launch(const Args& a, double factor, const DeviceProps& props, cudaStream_t stream) {
+int launch(const KlDivArgs& a, double factor, const DeviceProps& props, cudaStream_t stream) {
   static int resident = 0;  // blocks an SM holds of this instance: the same on every device of the targets
   if (resident == 0) {
     int blocks = 0;
@@ -240,15 +172,34 @@ int launch(const Args& a, double factor, const DeviceProps& props, cudaStream_t 
   return 0;
 }
 
+// The gradient of an input whose logarithm is taken: the ring, where there is enough to fill it.
+constexpr int kRingBlocks = 6, kRingSlots = 4;
+constexpr int64_t kRingBytes = 8 << 20;
+
+template <typename T>
+int launch_ring(const KlDivArgs& a, double factor, const DeviceProps& props, cudaStream_t stream) {
+  constexpr auto kKernel = kl_div_ring_kernel<T, true, kThreads, kRingBlocks, 1, kRingSlots>;
+  constexpr int kBytes = kRingSlots * 2 * kThreads * 16;
+  FXFUSE_CHECK(prepare_shared_memory<kKernel>(kBytes));
+  const int blocks = props.sm_count * kRingBlocks < kMaxPartials ? props.sm_count * kRingBlocks : kMaxPartials;
+  kKernel<<<blocks, kThreads, kBytes, stream>>>(a);
+  FXFUSE_CHECK_LAUNCH();
+  FXFUSE_CHECK(finish<T>(a.partial, blocks, factor, 1.0, a.out, stream));
+  return 0;
+}
+
 template <typename T, Mode MODE>
-int choose(const Args& a, double factor, bool log_target, bool log_input, const DeviceProps& props, cudaStream_t s) {
+int choose(const KlDivArgs& a, double factor, bool log_target, bool log_input, const DeviceProps& props, cudaStream_t s) {
+  if (MODE == Mode::kReduceGrads && log_input && !log_target && a.grad_target == nullptr && a.aligned &&
+      a.n * int64_t(sizeof(T)) >= kRingBytes && is_hopper(props))
+    return launch_ring<T>(a, factor, props, s);
   if (log_target && log_input) return launch<T, true, true, MODE>(a, factor, props, s);
   if (log_target) return launch<T, true, false, MODE>(a, factor, props, s);
   if (log_input) return launch<T, false, true, MODE>(a, factor, props, s);
   return launch<T, false, false, MODE>(a, factor, props, s);
 }
 
-bool all_aligned(const Args& a, bool out_is_vector) {
+bool all_aligned(const KlDivArgs& a, bool out_is_vector) {
   return aligned16(a.input) && aligned16(a.target) && (!a.grad_is_vector || aligned16(a.grad_output)) &&
          (!out_is_vector || aligned16(a.out)) && aligned16(a.grad_input) && aligned16(a.grad_target);
 }
@@ -263,7 +214,7 @@ FXFUSE_API int fxfuse_kl_div_forward(const void* input, const void* target, void
                                      int log_target, int log_input, int dtype, int device, void* stream) {
   if (n <= 0) return int(cudaErrorInvalidValue);
   FXFUSE_ON_DEVICE(device, props);
-  Args a{input, target, nullptr, out, grad_input, grad_target, static_cast<double*>(scratch), n, float(factor),
+  KlDivArgs a{input, target, nullptr, out, grad_input, grad_target, static_cast<double*>(scratch), n, float(factor),
          false, false};
   a.aligned = all_aligned(a, !reduce);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
@@ -282,7 +233,7 @@ FXFUSE_API int fxfuse_kl_div_backward(const void* grad_output, const void* input
                                       int log_input, int dtype, int device, void* stream) {
   if (n <= 0) return int(cudaErrorInvalidValue);
   FXFUSE_ON_DEVICE(device, props);
-  Args a{input, target, grad_output, nullptr, grad_input, grad_target, nullptr, n, float(factor),
+  KlDivArgs a{input, target, grad_output, nullptr, grad_input, grad_target, nullptr, n, float(factor),
          grad_is_vector != 0, false};
   a.aligned = all_aligned(a, false);
   FXFUSE_DISPATCH(dtype, scalar_t, return (choose<scalar_t, Mode::kBackward>(a, factor, log_target, log_input, *props,

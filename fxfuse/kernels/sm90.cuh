@@ -58,6 +58,46 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, int 
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// Whether the phase has completed, without waiting.
+__device__ __forceinline__ bool mbarrier_done(uint64_t* barrier, int parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n\tselp.u32 %0, 1, 0, done;\n\t}"
+      : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+  return done != 0;
+}
+// Waits for a phase completed by other blocks of the cluster, and sees what they told.
+__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n"
+      "again:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// Writes `value` where `local` is, but in the shared memory of the cluster's block `rank`, counted in bytes at the
+// barrier at the same place there.
+template <typename V>
+__device__ __forceinline__ void tell(V* local, const V& value, uint64_t* barrier, int rank) {
+  static_assert(sizeof(V) % 8 == 0, "two words at a time");
+  uint32_t address, remote_barrier;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(shared_address(barrier)), "r"(rank));
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&value);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(V) / 4); i += 2)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+                     address + 4 * i),
+                 "r"(words[i]), "r"(words[i + 1]), "r"(remote_barrier)
+                 : "memory");
+}
+// One warp of a block of THREADS waits until the others have arrived; they do not wait. Not the barrier of
+// __syncthreads.
+template <int THREADS>
+__device__ __forceinline__ void barrier_wait_for() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+template <int THREADS>
+__device__ __forceinline__ void barrier_arrive() { asm volatile("bar.arrive 1, %0;" ::"n"(THREADS) : "memory"); }
 // Writes `value` where `local` is, but in the shared memory of the cluster's block `rank`.
 template <typename V>
 __device__ __forceinline__ void store_remote(V* local, int rank, const V& value) {
@@ -77,8 +117,28 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t*, int) {}
 __device__ __forceinline__ void mbarrier_wait(uint64_t*, int) {}
 __device__ __forceinline__ void bulk_load(void*, const void*, int, uint64_t*) {}
 __device__ __forceinline__ void cluster_sync() {}
+__device__ __forceinline__ bool mbarrier_done(uint64_t*, int) { return true; }
+__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t*, int) {}
+template <typename V>
+__device__ __forceinline__ void tell(V*, const V&, uint64_t*, int) {}
+template <int THREADS>
+__device__ __forceinline__ void barrier_wait_for() {}
+template <int THREADS>
+__device__ __forceinline__ void barrier_arrive() {}
 template <typename V>
 __device__ __forceinline__ void store_remote(V*, int, const V&) {}
 #endif
+
+// Whether this is the last of `count` callers, which then starts the count anew.
+__device__ __forceinline__ bool last_to_take(int* counter, int count) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  int before;
+  asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
+               : "=r"(before) : "r"(shared_address(counter)) : "memory");
+  if (before != count - 1) return false;
+  *counter = 0;
+#endif
+  return true;
+}
 
 }  // namespace fxfuse

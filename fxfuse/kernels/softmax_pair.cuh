@@ -122,8 +122,9 @@ struct RowState {
     KeptPack<T>::keep(t, et);
   }
   // Joins the states of LANES neighbouring lanes; every lane gets the result, by the same operations in the same order.
+  // teacher: its gradient is wanted.
   template <typename T, int LANES = kWarp>
-  __device__ __forceinline__ void join_lanes(Scales c, bool minima) {
+  __device__ __forceinline__ void join_lanes(Scales c, bool teacher) {
     const float new_mt = warp_reduce<LANES>(mt, MaxNumber{}), new_ms = warp_reduce<LANES>(ms, MaxNumber{});
     if constexpr (sizeof(T) == 4) {
       double sums[3];
@@ -135,7 +136,21 @@ struct RowState {
       zs = warp_sum<LANES>(zs);
       d = warp_sum<LANES>(d);
     }
-    if (minima) {
+    join_minima<T, LANES>(teacher);
+  }
+  // The same in float. Enough where the sums only scale gradients, and for lanes of a row that hundreds of warps share,
+  // whose errors average out.
+  template <typename T, int LANES = kWarp>
+  __device__ __forceinline__ void join_lanes_in_float(Scales c) {
+    move_maxima<T>(warp_reduce<LANES>(mt, MaxNumber{}), warp_reduce<LANES>(ms, MaxNumber{}), c);
+    zt = warp_sum<LANES>(zt);
+    zs = warp_sum<LANES>(zs);
+    d = warp_sum<LANES>(d);
+    join_minima<T, LANES>(false);
+  }
+  template <typename T, int LANES>
+  __device__ __forceinline__ void join_minima(bool teacher) {
+    if (kNeedsMinima<T> || teacher) {
       lt = warp_reduce<LANES>(lt, MinNumber{});
       ls = warp_reduce<LANES>(ls, MinNumber{});
     }
@@ -177,10 +192,14 @@ struct RowState {
     __device__ __forceinline__ float operator()(float a, float b) const { return fminf(a, b); }
   };
 
-  // False: something is infinite, NaN or outside what T stores, and the row must be done as eager does it.
+  // False: the row must be done as eager does it. Something (g too, the gradient that reaches the row) is infinite, NaN or
+  // outside what T stores; or the teacher's gradient is wanted where one q is so near 1 that little but rounding would be
+  // left of it, which eager's formula puts elsewhere.
   template <typename T>
-  __device__ __forceinline__ bool plain(Scales c) const {
-    bool ok = zt > 0.f && zs > 0.f && zt < kInf && zs < kInf && fabsf(d) < kInf;
+  __device__ __forceinline__ bool plain(Scales c, float g, bool teacher) const {
+    constexpr float kOne = sizeof(T) == 4 ? 1.f : float(1 << int(kHalfHeadroom));
+    bool ok = fabsf(g) < kInf && zt > 0.f && zs > 0.f && zt < kInf && zs < kInf && fabsf(d) < kInf;
+    if (teacher) ok = ok && zt > kOne * (1.f + 1.f / 128.f);
     if constexpr (kNeedsMinima<T>) {
       const float limit = 65000.f * kLog2e;  // float16 overflows at 65520
       const float high_t = mt * c.t.factor, low_t = lt * c.t.factor, high_s = ms * c.s.factor, low_s = ls * c.s.factor;
@@ -190,6 +209,11 @@ struct RowState {
     return ok;
   }
 };
+
+// A row's loss from its sums.
+__device__ __forceinline__ double row_loss(double zt, double zs, double d) {
+  return (d / zt - log2(zt) + log2(zs)) * 0.6931471805599453094;
+}
 
 // Row losses of one warp. Logarithms in double take a microsecond, so a row is only noted, by one lane, and every 32
 // rows the lanes work out one each.
@@ -207,7 +231,7 @@ struct LossQueue {
     if (++noted == kWarp) flush();
   }
   __device__ __forceinline__ void flush() {
-    if (zt != 0) sum += (d / zt - log2(zt) + log2(zs)) * 0.6931471805599453094;
+    if (zt != 0) sum += row_loss(zt, zs, d);
     zt = 0;
     noted = 0;
   }
@@ -218,28 +242,72 @@ struct LossQueue {
   }
 };
 
-// What the gradients of a row need, derived once from its state. g: the gradient that reaches each element's loss.
+// The same in shared memory, for a warp that has no registers to spare. `noted` and `sum` start at 0.
+struct SharedLossQueue {
+  float2 zt[kWarp], zs[kWarp], d[kWarp];
+  double sum;
+  int noted;
+
+  __device__ __forceinline__ void push(const RowState& row) {
+    const int lane = int(threadIdx.x) % kWarp, at = noted;
+    __syncwarp();
+    if (lane == 0) {
+      zt[at] = make_float2(row.zt, row.zt_low);
+      zs[at] = make_float2(row.zs, row.zs_low);
+      d[at] = make_float2(row.d, row.d_low);
+      noted = at + 1;
+    }
+    __syncwarp();
+    if (at + 1 == kWarp) flush();
+  }
+  __device__ __noinline__ void flush() {
+    const int lane = int(threadIdx.x) % kWarp;
+    const auto wide = [&](const float2& x) { return double(x.x) + double(x.y); };
+    const double more = warp_sum(lane < noted ? row_loss(wide(zt[lane]), wide(zs[lane]), wide(d[lane])) : 0.);
+    __syncwarp();
+    if (lane == 0) {
+      sum += more;
+      noted = 0;
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ double total() {
+    flush();
+    return sum;
+  }
+};
+
+// The gradient that reaches each element's loss, and what it is over the temperatures: rounded once, as a whole row's
+// gradient is wrong by what these are.
+struct Incoming {
+  float g = 1.f;
+  float over_s = 0, over_t = 0;  // g / Ts, g ln 2 / Tt
+};
+
+// What the gradients of a row need, derived once from its state.
 //   grad_student = (p - q) g / Ts                     = es * a_s - et * b_s
 //   grad_teacher = q ((log q - log p) - KL) g / Tt    = et * b_t * ((u - w) - mean)
+// Where a q is large, its u - w is near the mean, so the mean is kept in two floats. (Where one q is nearly 1 that does not
+// help, see RowState::plain.)
 struct RowGrads {
-  float mt, ms, a_s, b_s, b_t = 0, mean = 0;
+  float mt, ms, a_s, b_s, b_t = 0, mean = 0, mean_low = 0;
   Scales c;
 
   template <typename T, bool LOG_TARGET>
-  __device__ __forceinline__ void prepare(const RowState& row, Scales scales, float g, bool teacher) {
+  __device__ __forceinline__ void prepare(const RowState& row, Scales scales, const Incoming& in, bool teacher) {
     c = scales;
     mt = row.mt;
     ms = row.ms;
     const float inverse_t = reciprocal(row.zt), inverse_s = reciprocal(row.zs);
-    const float per_log2 = g * kLn2;  // the scales are log2(e) / temperature
-    a_s = per_log2 * c.s.factor * inverse_s;
-    b_s = per_log2 * c.s.factor * inverse_t;
+    a_s = in.over_s * inverse_s;
+    b_s = in.over_s * inverse_t;
     if (!teacher) return;
-    b_t = per_log2 * kLn2 * c.t.factor * inverse_t;  // u - w is in base 2 as well
-    mean = row.d * inverse_t;
+    b_t = in.over_t * inverse_t;  // u - w is in base 2
+    const double wide = (double(row.d) + double(row.d_low)) / (double(row.zt) + double(row.zt_low));
+    mean = float(wide);
+    mean_low = float(wide - double(mean));
     // Eager's derivative of q log q is NaN where q is stored as 0, and the softmax spreads it over the row.
     if (!LOG_TARGET && c.t.distance<T>(row.lt, mt) - __log2f(row.zt) <= kSmallestLog2<T>)
-     
       b_t = __int_as_float(0x7fffffff);
   }
   // 1 / z for the z of a softmax, which is at least about 1.
@@ -255,7 +323,7 @@ struct RowGrads {
   template <typename T>
   __device__ __forceinline__ float teacher(float s, float t) const {
     const float u = c.t.distance<T>(t, mt), w = c.s.distance<T>(s, ms);
-    return exp2_fast(u) * b_t * ((u - w) - mean);
+    return exp2_fast(u) * b_t * (((u - w) - mean) - mean_low);
   }
   // Gradients of a pack, to where they are wanted (an address may be null).
   template <typename T>

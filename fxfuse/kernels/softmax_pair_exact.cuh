@@ -23,17 +23,39 @@ __device__ float block_max(float x, float* shared) {
 }
 
 struct ExactRow {
-  float temperature_s, temperature_t;
+  float inverse_s, inverse_t;  // eager divides by a number so: it multiplies by its inverse
   float max_s, max_t, sum_s, sum_t;
 
   template <typename T>
-  __device__ float log_p(float s) const { return stored<T>(stored<T>(s / temperature_s) - max_s - logf(sum_s)); }
+  __device__ float scaled_s(float s) const { return stored<T>(s * inverse_s); }
+  template <typename T>
+  __device__ float scaled_t(float t) const { return stored<T>(t * inverse_t); }
+  template <typename T>
+  __device__ float log_p(float s) const { return stored<T>(scaled_s<T>(s) - max_s - logf(sum_s)); }
   template <typename T, bool LOG_TARGET>
   __device__ float target(float t) const {
-    const float x = stored<T>(t / temperature_t) - max_t;
+    const float x = scaled_t<T>(t) - max_t;
     return stored<T>(LOG_TARGET ? x - logf(sum_t) : expf(x) / sum_t);
   }
 };
+
+// One element of kl_div with every step stored, as it is where a tensor holds each.
+template <typename T, bool LOG_TARGET>
+__device__ __forceinline__ Point stored_point(float log_p, float q, float g) {
+  Point r;
+  if constexpr (LOG_TARGET) {
+    const float e = stored<T>(expf(q)), d = stored<T>(q - log_p), ge = stored<T>(__fmul_rn(g, e));
+    r.loss = stored<T>(__fmul_rn(e, d));
+    r.grad_input = -ge;
+    r.grad_target = stored<T>(stored<T>(__fmul_rn(stored<T>(__fmul_rn(g, d)), e)) + ge);
+  } else {
+    r = point<T, false, false>(log_p, q, g);
+    r.loss = stored<T>(r.loss);
+    r.grad_input = stored<T>(r.grad_input);
+    r.grad_target = stored<T>(r.grad_target);
+  }
+  return r;
+}
 
 // By a whole block of THREADS. Returns the row's loss to every thread; writes the gradients that are not null.
 template <typename T, bool LOG_TARGET, int THREADS>
@@ -41,17 +63,18 @@ __device__ __noinline__ double exact_row(const T* s, const T* t, int64_t n, floa
                                          float g, T* grad_s, T* grad_t) {
   __shared__ float shared_max[THREADS / kWarp];
   __shared__ double shared[THREADS / kWarp];
-  ExactRow row{temperature_s, temperature_t, -kInf, -kInf, 0, 0};
+  ExactRow row{1.f / temperature_s, 1.f / temperature_t, -kInf, -kInf, 0, 0};
+  g = stored<T>(g);
   for (int64_t i = threadIdx.x; i < n; i += THREADS) {
-    row.max_s = Max{}(row.max_s, stored<T>(ld_one(s + i) / temperature_s));
-    row.max_t = Max{}(row.max_t, stored<T>(ld_one(t + i) / temperature_t));
+    row.max_s = Max{}(row.max_s, row.scaled_s<T>(ld_one(s + i)));
+    row.max_t = Max{}(row.max_t, row.scaled_t<T>(ld_one(t + i)));
   }
   row.max_s = block_max<THREADS>(row.max_s, shared_max);
   row.max_t = block_max<THREADS>(row.max_t, shared_max);
   double sum_s = 0, sum_t = 0;
   for (int64_t i = threadIdx.x; i < n; i += THREADS) {
-    sum_s += double(expf(stored<T>(ld_one(s + i) / temperature_s) - row.max_s));
-    sum_t += double(expf(stored<T>(ld_one(t + i) / temperature_t) - row.max_t));
+    sum_s += double(expf(row.scaled_s<T>(ld_one(s + i)) - row.max_s));
+    sum_t += double(expf(row.scaled_t<T>(ld_one(t + i)) - row.max_t));
   }
   row.sum_s = float(block_sum<THREADS>(sum_s, shared));
   row.sum_t = float(block_sum<THREADS>(sum_t, shared));
@@ -59,8 +82,8 @@ __device__ __noinline__ double exact_row(const T* s, const T* t, int64_t n, floa
   double loss = 0, flow_s = 0, flow_t = 0;  // sums that the (log-)softmax derivatives subtract
   for (int64_t i = threadIdx.x; i < n; i += THREADS) {
     const float q = row.target<T, LOG_TARGET>(ld_one(t + i));
-    const Point r = point<T, LOG_TARGET, false>(row.log_p<T>(ld_one(s + i)), q, g);
-    loss += double(stored<T>(r.loss));
+    const Point r = stored_point<T, LOG_TARGET>(row.log_p<T>(ld_one(s + i)), q, g);
+    loss += double(r.loss);
     flow_s += double(r.grad_input);
     flow_t += double(LOG_TARGET ? r.grad_target : r.grad_target * q);
   }
@@ -70,11 +93,11 @@ __device__ __noinline__ double exact_row(const T* s, const T* t, int64_t n, floa
   const float total_t = float(block_sum<THREADS>(flow_t, shared));
   for (int64_t i = threadIdx.x; i < n; i += THREADS) {
     const float log_p = row.log_p<T>(ld_one(s + i)), q = row.target<T, LOG_TARGET>(ld_one(t + i));
-    const Point r = point<T, LOG_TARGET, false>(log_p, q, g);
-    if (grad_s != nullptr) st_one(grad_s + i, (r.grad_input - expf(log_p) * total_s) / temperature_s);
+    const Point r = stored_point<T, LOG_TARGET>(log_p, q, g);
+    if (grad_s != nullptr) st_one(grad_s + i, stored<T>(r.grad_input - expf(log_p) * total_s) * row.inverse_s);
     if (grad_t != nullptr) {
       const float flow = LOG_TARGET ? r.grad_target - expf(q) * total_t : q * (r.grad_target - total_t);
-      st_one(grad_t + i, flow / temperature_t);
+      st_one(grad_t + i, stored<T>(flow) * row.inverse_t);
     }
   }
   return loss;

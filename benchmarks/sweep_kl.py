@@ -1,0 +1,111 @@
+"""kl_div and distillation_kl over many sizes, through the ops: where eager or torch.compile is faster.
+
+    python benchmarks/sweep_kl.py [--compile] [--only kl_div|distillation_kl] [--dtypes fp32,bf16,fp16] [--budget S]
+
+Calls of the three are interleaved and timed with CUDA events, host included; medians. One line for every size where we
+are slower than eager, or (above a million elements, with --compile) than torch.compile; nothing else but a summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fxfuse.ops.distillation_kl import distillation_kl
+from fxfuse.ops.kl_div import kl_div
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = [
+    (1, 10), (1, 1000), (1, 32000), (1, 128256), (1, 1_000_003), (8, 1_000_000), (32, 50257), (64, 128256),
+    (256, 32000), (1024, 50257), (1024, 1000), (1024, 151936), (4096, 32000), (4096, 128256), (8192, 8191),
+    (16384, 4096), (16384, 32000), (65536, 10), (65536, 512), (65536, 1000), (65536, 8192),
+]  # fmt: skip
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def eager_kl(x: Tensor, t: Tensor) -> Tensor:
+    return F.kl_div(x.log(), t, reduction="batchmean")
+
+
+def eager_distillation(s: Tensor, t: Tensor) -> Tensor:
+    return 4.0 * F.kl_div(F.log_softmax(s / 2.0, -1), F.softmax(t / 2.0, -1), reduction="batchmean")
+
+
+OPS: dict[str, tuple[Loss, Loss]] = {
+    "kl_div": (lambda x, t: kl_div(x, t, "batchmean", False, True), eager_kl),
+    "distillation_kl": (lambda s, t: distillation_kl(s, t, -1, 2.0, 2.0, 4.0, "batchmean"), eager_distillation),
+}
+
+
+def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median ms of each call; every round runs all of them."""
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    while len(next(iter(times.values()))) < 9 or (time.perf_counter() - start < seconds and len(times["ours"]) < 100):
+        for name, call in calls.items():
+            one, two = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            one.record()
+            call()
+            two.record()
+            two.synchronize()
+            times[name].append(one.elapsed_time(two))
+    return {name: statistics.median(all_) for name, all_ in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--only", choices=OPS)
+    parser.add_argument("--dtypes", default="fp32,bf16,fp16")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds; sizes that are left are skipped")
+    options = parser.parse_args()
+    start, done, skipped, slower = time.perf_counter(), 0, 0, 0
+    torch.manual_seed(0)
+    for name, (ours, eager) in OPS.items():
+        if options.only not in (None, name):
+            continue
+        for label in options.dtypes.split(","):
+            for shape in SIZES:
+                if time.perf_counter() - start > options.budget:
+                    skipped += 1
+                    continue
+                x, t = (torch.randn(shape, device="cuda", dtype=DTYPES[label]) for _ in range(2))
+                if name == "kl_div":
+                    x, t = x.softmax(-1).clamp_min_(1e-6), t.softmax(-1)
+                torch._dynamo.reset()
+                rivals = {"ours": ours, "eager": eager}
+                if options.compile and x.numel() > 1_000_000:
+                    rivals["compile"] = torch.compile(eager, dynamic=False)
+                leaf = x.detach().requires_grad_()
+                for mode in ("fwd", "fwd+bwd"):
+                    calls: dict[str, Callable[[], object]] = {}
+                    for who, loss in rivals.items():
+                        if mode == "fwd":
+                            calls[who] = lambda loss=loss, x=x, t=t: loss(x, t)
+                        else:
+                            calls[who] = lambda loss=loss, t=t, leaf=leaf: torch.autograd.grad(loss(leaf, t), leaf)
+                    found = medians(calls, 0.1)
+                    done += 1
+                    if min(found.values()) < found["ours"]:
+                        slower += 1
+                        numbers = "  ".join(f"{who} {ms:.4f}" for who, ms in found.items())
+                        print(f"{name} {label} {shape[0]}x{shape[1]} {mode}: {numbers}", flush=True)
+                del x, t, leaf
+    print(f"{done} comparisons, {slower} where another is faster, {skipped} sizes skipped; ms")
+
+
+if __name__ == "__main__":
+    main()
