@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 p
 	    $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test cuda-test lint wheel bench tables docs clean
+.PHONY: help setup demo test cuda-test sanitize lint wheel bench tables docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,3 +59,10 @@ docs: $(STAMP)  ## build the documentation into out/site; a warning is an error
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+sanitize: $(STAMP)  ## the CUDA tests of the kernels under compute-sanitizer: memcheck, racecheck, synccheck
+	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer comes with the CUDA toolkit; put it on PATH" >&2; exit 1; }
+	for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 99 --target-processes all \
+	    $(PY) -m pytest tests/cuda -m cuda -q -p no:cacheprovider $(ARGS) || exit 1; \
+	done
