@@ -12,6 +12,8 @@ int run(const Operands& p, int band, int device, cudaStream_t stream) {
   return int(launch_gemm<Mainloop, Identity, float, 2>(p, {}, band, device, props->sm_count, stream));
 }
 
+constexpr int kNever = 1 << 20;
+
 // Contiguous operands; those along M or N are transposed in memory.
 FXFUSE_API int float32_variant(int variant, const void* a, const void* b, void* out, int64_t m, int64_t n, int64_t k,
                                int64_t pitch_a, int64_t pitch_b, int band, int device, void* stream) {
@@ -22,11 +24,16 @@ FXFUSE_API int float32_variant(int variant, const void* a, const void* b, void* 
 #ifndef FEW
     case 1: return run<Float32Mainloop<false, true>>(p, band, device, s);
     case 2: return run<Float32Mainloop<true, true>>(p, band, device, s);
-    case 3: return run<Float32Mainloop<false, false, 1, 32>>(p, band, device, s);
-    case 4: return run<Float32Mainloop<false, false, 1, 64>>(p, band, device, s);
-    case 5: return run<Float32Mainloop<false, false, 1, 128>>(p, band, device, s);
-    case 6: return run<Float32Mainloop<false, false, 1, 512>>(p, band, device, s);
-    case 7: return run<Float32Mainloop<false, false, 1, 1 << 20>>(p, band, device, s);
+    case 3: return run<Float32Mainloop<false, false, 1>>(p, band, device, s);
+    case 4: return run<Float32Mainloop<false, true, 1>>(p, band, device, s);
+    case 5: return run<Float32Mainloop<true, true, 1>>(p, band, device, s);
+    // By interval, without sums in between: 32, 64, 128, 256, 512, all of K.
+    case 6: return run<Float32Mainloop<false, false, 1, 32, kNever>>(p, band, device, s);
+    case 7: return run<Float32Mainloop<false, false, 1, 64, kNever>>(p, band, device, s);
+    case 8: return run<Float32Mainloop<false, false, 1, 128, kNever>>(p, band, device, s);
+    case 9: return run<Float32Mainloop<false, false, 1, 256, kNever>>(p, band, device, s);
+    case 10: return run<Float32Mainloop<false, false, 1, 512, kNever>>(p, band, device, s);
+    case 11: return run<Float32Mainloop<false, false, 1, kNever, kNever>>(p, band, device, s);
 #endif
   }
   return int(cudaErrorInvalidValue);

@@ -10,6 +10,9 @@
 //
 //   copy engine -> A, B in float32 -> three warps split B into three planes -> wgmma, A split into registers by its reader
 //
+// Every 2048 of K those sums are added to the ones before, which wait in the result's own memory: the rounding of a long row
+// of additions then grows as that of a tree.
+//
 // A consumer's rows come in halves of 64 that share the temporary accumulators: 128 + 64 of them, and 24 registers of A.
 #pragma once
 
@@ -20,9 +23,8 @@
 namespace fxfuse::hopper {
 
 // A is [M, K], or [K, M] where A_ALONG_M; B is [N, K], or [K, N] where B_ALONG_N. HALVES times 128 rows a tile. INTERVAL: of
-// K, in the tensor core.
-template <bool A_ALONG_M, bool B_ALONG_N, int HALVES = 2, int INTERVAL = 32, int STAGES_A = 4, int STAGES_RAW = 2,
-          int STAGES_B = 3>
+// K, in the tensor core. OUTER: of K, between sums in the result's memory.
+template <bool A_ALONG_M, bool B_ALONG_N, int HALVES = 2, int INTERVAL = 32, int OUTER = 2048, int STAGES_A = 4, int STAGES_RAW = 2, int STAGES_B = 3>
 struct Float32Mainloop {
   using Params = Float32Operands;
   static constexpr int kBlockM = 128 * HALVES, kBlockN = 128, kBlockK = 32, kConsumers = 2, kCluster = 1, kHalves = HALVES;
@@ -37,7 +39,7 @@ struct Float32Mainloop {
   static constexpr int kSharedBytes = kPlanes + STAGES_B * kBytesB;
   static constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp, kSplitters = 3;
   static_assert(HALVES == 1 || INTERVAL == kBlockK, "the halves share temporary accumulators");
-  static_assert(INTERVAL % kBlockK == 0 && !(A_ALONG_M && !B_ALONG_N));
+  static_assert(INTERVAL % kBlockK == 0 && OUTER % INTERVAL == 0 && !(A_ALONG_M && !B_ALONG_N));
 
   struct Pipeline {
     using RingA = Ring<STAGES_A, kConsumerWarps, 1>;
@@ -71,7 +73,8 @@ struct Float32Mainloop {
             A_ALONG_M ? 1 : p.pitch_a,      A_ALONG_M ? p.pitch_a : 1,
             B_ALONG_N ? 1 : p.pitch_b,      B_ALONG_N ? p.pitch_b : 1,
             int(p.m),                       int(p.n),
-            int(p.k)};
+            int(p.k),                       static_cast<float*>(p.out),
+            p.pitch_out};
   }
   static __device__ __forceinline__ int row(int consumer, int half) { return 128 * half + kInstructionM * consumer; }
 
@@ -139,7 +142,7 @@ struct Float32Mainloop {
   // Four rows a turn, eight lanes to a row; a lane's four neighbours are two pairs in two units.
   static __device__ __forceinline__ void split_along_k(uint32_t raw, uint32_t planes, int warp, int lane) {
     const int c = lane % 8, q = c % 4;
-#pragma unroll 2
+#pragma unroll 1
     for (int turn = warp; turn < kBlockN / 4; turn += kSplitters) {
       const int row = 4 * turn + lane / 8;
       float4 x;
@@ -189,10 +192,12 @@ struct Float32Mainloop {
     const int lane = thread % kWarp, q = lane % 4;
     const int r = warpgroup * kInstructionM + 16 * (thread / kWarp) + lane / 4;
     if constexpr (A_ALONG_M) {
+      // Element (0, 2q); of the others the swizzle turns single bits of the address.
+      const uint32_t corner = r / 32 * (kBytesA / 4) + 2 * q * kRowBytes + ((r % 32 / 4) ^ (2 * q)) * kUnitBytes + r % 4 * 4;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int row = r + i / 2 % 2 * 8, k = 16 * step + 2 * q + i % 2 + i / 4 * 8;
-        x[i] = load(stage + row / 32 * (kBytesA / 4) + k * kRowBytes + ((row % 32 / 4) ^ (k % 8)) * kUnitBytes + row % 4 * 4);
+        const int lower = i / 2 % 2, odd = i % 2, k = 16 * step + odd + i / 4 * 8;
+        x[i] = load(stage + k * kRowBytes + (corner ^ (lower * 2 * kUnitBytes) ^ (odd * kUnitBytes)));
       }
     } else {
       const uint32_t address = stage + step * (kBytesA / kSteps) + r * 64 + q * kUnitBytes;
@@ -224,13 +229,82 @@ struct Float32Mainloop {
     wgmma_bf16(d, f.high, b + kNext, 1);
   }
 
-  static __device__ __forceinline__ void consume(Pipeline& ring, uint32_t shared, float (&acc)[HALVES][kAccumulators],
-                                                 int blocks, int warpgroup, int thread, bool) {
-    float sum[kAccumulators];
+  // The sums so far of 64 rows from (m, n) on: `add` what waits in the result's memory, and `put` them there, to begin again
+  // from zero. They wait in any order, each where the same thread finds it: a warp fills 16 rows, one at a time.
+  static __device__ __forceinline__ void carry(const Params& p, float (&acc)[kAccumulators], int m, int n, int thread,
+                                               bool add, bool put) {
+    asm volatile("" : "+r"(m), "+r"(n));  // or every address below would be kept in registers through the products
+    const int lane = thread % kWarp, warp = thread / kWarp;
+    if (m + kInstructionM <= p.rows && n + kBlockN <= p.columns) {
+      float* const place = p.out + (m + 16 * warp) * p.out_row + n + 4 * lane;
+      constexpr int kTogether = 4;
+#pragma unroll
+      for (int i = 0; i < kAccumulators / 4; i += kTogether) {
+        if (add) {
+          float4 before[kTogether];
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) before[j] = load_waiting(place + (i + j) * p.out_row);
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) {
+            float* const x = acc + 4 * (i + j);
+            x[0] += before[j].x, x[1] += before[j].y, x[2] += before[j].z, x[3] += before[j].w;
+          }
+        }
+        if (put) {
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) {
+            float* const x = acc + 4 * (i + j);
+            store_waiting(place + (i + j) * p.out_row, x[0], x[1], x[2], x[3]);
+            x[0] = x[1] = x[2] = x[3] = 0.f;
+          }
+        }
+      }
+      return;
+    }
+    // At the edge each number waits in its own place.
+    const int row = m + 16 * warp + lane / 4, column = n + 2 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < kAccumulators; i += 2) {
+      const int r = row + i / 2 % 2 * 8, c = column + i / 4 * 8;
+      if (r >= p.rows || c >= p.columns) continue;
+      float* const place = p.out + r * p.out_row + c;
+      if (add) {
+        const float2 before = load_result(place);
+        acc[i] += before.x, acc[i + 1] += before.y;
+      }
+      if (put) {
+        store_result(place, acc[i], acc[i + 1]);
+        acc[i] = acc[i + 1] = 0.f;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void consume(const Params& p, Pipeline& ring, uint32_t shared,
+                                                 float (&acc)[HALVES][kAccumulators], int m, int n, int blocks,
+                                                 int warpgroup, int thread, bool) {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half)
 #pragma unroll
       for (int i = 0; i < kAccumulators; ++i) acc[half][i] = 0.f;
+    // Where several pieces are needed, neighbouring tiles begin with a piece of another length, so that not all blocks are at
+    // the result's memory at once.
+    constexpr int kOuter = OUTER / kBlockK;
+    const int first = blocks <= kOuter ? blocks : kOuter / 4 * (1 + (m / kBlockM + n / kBlockN) % 4);
+    for (int done = 0, piece = first; done < blocks; done += piece, piece = kOuter) {
+      const int next = min(done + piece, blocks);
+      accumulate(ring, shared, acc, next - done, warpgroup, thread);
+      if (first == blocks) return;
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half)
+        carry(p, acc[half], m + row(warpgroup, half), n, thread, done > 0, next < blocks);
+    }
+    fence_async_proxy_global();
+  }
+
+  // acc += the products of `blocks` blocks of K.
+  static __device__ __forceinline__ void accumulate(Pipeline& ring, uint32_t shared, float (&acc)[HALVES][kAccumulators],
+                                                    int blocks, int warpgroup, int thread) {
+    float sum[kAccumulators];
     const uint64_t planes = matrix_descriptor_64(shared + kPlanes);
     const int lane = thread % kWarp;
     for (int k = 0; k < blocks; ++k, ring.b.advance()) {
@@ -270,6 +344,17 @@ struct Float32Mainloop {
   }
 
  private:
+  static __device__ __forceinline__ float4 load_waiting(const float* place) {
+    float4 x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(place)
+                 : "memory");
+    return x;
+  }
+  static __device__ __forceinline__ void store_waiting(float* place, float x, float y, float z, float w) {
+    asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(place), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+  }
   static __device__ __forceinline__ float load(uint32_t address) {
     float x;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");

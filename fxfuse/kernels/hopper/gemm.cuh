@@ -64,7 +64,7 @@ __device__ __forceinline__ void finish_batch(typename Mainloop::Pipeline& ring, 
   const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
   float2* const maps = reinterpret_cast<float2*>(storage + Layout::kMaps + consumer * Layout::kMapBytes);
   const auto* const known = reinterpret_cast<const float4*>(storage + Layout::kColumns);
-  Mainloop::consume(ring, shared, acc, problem.k_blocks, consumer, thread, first);
+  Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, first);
   Mainloop::repair(problem.mainloop, acc, m, n, consumer, thread);
 #pragma unroll
   for (int half = 0; half < Mainloop::kHalves; ++half)
@@ -159,7 +159,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
                                                  consumer, thread, parity, t == cluster);
         continue;
       } else {
-        Mainloop::consume(ring, shared, acc, problem.k_blocks, consumer, thread, t == cluster);
+        Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster);
         Mainloop::repair(problem.mainloop, acc, m, n, consumer, thread);
         if constexpr (Epilogue::kStatistics) {
 #pragma unroll

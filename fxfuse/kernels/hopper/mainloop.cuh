@@ -91,8 +91,9 @@ struct DirectMainloop {
 
   // acc = this warpgroup's 64 rows of the tile; `first` at a block's first tile. A stage is let go of one step late, so that
   // the tensor cores always have the next batch waiting.
-  static __device__ __forceinline__ void consume(Pipeline& ring, uint32_t shared, float (&accumulators)[1][kAccumulators],
-                                                 int blocks, int warpgroup, int thread, bool first) {
+  static __device__ __forceinline__ void consume(const Params&, Pipeline& ring, uint32_t shared,
+                                                 float (&accumulators)[1][kAccumulators], int, int, int blocks,
+                                                 int warpgroup, int thread, bool first) {
     float(&acc)[kAccumulators] = accumulators[0];
     const int start_other = STAGGER > 0 && first ? (blocks < STAGGER ? blocks : STAGGER) - 1 : -1;
     if (STAGGER > 0 && first && warpgroup == 1) named_barrier<2 * kWarpgroup>(kStaggerBarrier);
