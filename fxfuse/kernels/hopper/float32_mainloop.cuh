@@ -187,20 +187,23 @@ struct Float32Mainloop {
     uint32_t high[4], middle[4], low[4];
   };
 
-  // In the order of the instruction's registers, two floats each.
-  static __device__ __forceinline__ void load_a(float (&x)[8], uint32_t stage, int step, int warpgroup, int thread) {
+  // Where in a stage of A a thread's first element lies.
+  static __device__ __forceinline__ uint32_t corner(int warpgroup, int thread) {
     const int lane = thread % kWarp, q = lane % 4;
     const int r = warpgroup * kInstructionM + 16 * (thread / kWarp) + lane / 4;
-    if constexpr (A_ALONG_M) {
-      // Element (0, 2q); of the others the swizzle turns single bits of the address.
-      const uint32_t corner = r / 32 * (kBytesA / 4) + 2 * q * kRowBytes + ((r % 32 / 4) ^ (2 * q)) * kUnitBytes + r % 4 * 4;
+    return A_ALONG_M ? r / 32 * (kBytesA / 4) + 2 * q * kRowBytes + ((r % 32 / 4) ^ (2 * q)) * kUnitBytes + r % 4 * 4
+                     : r * 64 + q * kUnitBytes;
+  }
+  // The fragment of a step in the order of the instruction's registers, two floats each.
+  static __device__ __forceinline__ void load_a(float (&x)[8], uint32_t stage, uint32_t corner, int step) {
+    if constexpr (A_ALONG_M) {  // of the other elements, the swizzle turns single bits of the address
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int lower = i / 2 % 2, odd = i % 2, k = 16 * step + odd + i / 4 * 8;
         x[i] = load(stage + k * kRowBytes + (corner ^ (lower * 2 * kUnitBytes) ^ (odd * kUnitBytes)));
       }
     } else {
-      const uint32_t address = stage + step * (kBytesA / kSteps) + r * 64 + q * kUnitBytes;
+      const uint32_t address = stage + step * (kBytesA / kSteps) + corner;
       asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                    : "=f"(x[0]), "=f"(x[1]), "=f"(x[4]), "=f"(x[5])
                    : "r"(address)
@@ -219,7 +222,7 @@ struct Float32Mainloop {
     }
   }
   // The five small products, smallest first.
-  static __device__ __forceinline__ void small_products(float (&d)[kAccumulators], const Fragment& f, uint64_t b,
+  static __device__ __forceinline__ void small_products(float (&d)[kAccumulators], const Fragment& f, uint32_t b,
                                                         int accumulate) {
     constexpr int kNext = kPlane >> 4;
     wgmma_bf16(d, f.low, b, accumulate);
@@ -305,25 +308,27 @@ struct Float32Mainloop {
   static __device__ __forceinline__ void accumulate(Pipeline& ring, uint32_t shared, float (&acc)[HALVES][kAccumulators],
                                                     int blocks, int warpgroup, int thread) {
     float sum[kAccumulators];
-    const uint64_t planes = matrix_descriptor_64(shared + kPlanes);
+    const uint32_t planes = uint32_t(matrix_descriptor_64(shared + kPlanes));
     const int lane = thread % kWarp;
-    for (int k = 0; k < blocks; ++k, ring.b.advance()) {
-      const uint64_t b = planes + ring.b.stage() * (kBytesB >> 4);
+    uint32_t mine = corner(warpgroup, thread);
+    asm volatile("" : "+r"(mine));  // or it is computed again at every turn
+    for (int k = 0; k < blocks; ++k) {
+      const uint32_t b = planes + ring.b.stage() * (kBytesB >> 4);
       const bool first = k % (INTERVAL / kBlockK) == 0, last = (k + 1) % (INTERVAL / kBlockK) == 0 || k + 1 == blocks;
       ring.b.wait_filled();
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
         const uint32_t stage = shared + ring.a.stage() * kBytesA;
-        ring.a.wait_filled();
         float x[8], y[8];
-        load_a(x, stage, 0, warpgroup, thread);
-        load_a(y, stage, 1, warpgroup, thread);
         Fragment f, g;
+        ring.a.wait_filled();
+        load_a(x, stage, mine, 0);
         split(f, x);
         wgmma_pin(sum);
         wgmma_fence();
         small_products(sum, f, b, !first);
         wgmma_commit();
+        load_a(y, stage, mine, 1);  // and split while the tensor cores work
         ring.a.release_by_warp(lane);
         ring.a.advance();
         split(g, y);
@@ -334,7 +339,10 @@ struct Float32Mainloop {
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_pin(sum);
-        if (half == HALVES - 1) ring.b.release_by_warp(lane);
+        if (half == HALVES - 1) {
+          ring.b.release_by_warp(lane);
+          ring.b.advance();
+        }
         if (INTERVAL == kBlockK || last) {
 #pragma unroll
           for (int i = 0; i < kAccumulators; ++i) acc[half][i] += sum[i];

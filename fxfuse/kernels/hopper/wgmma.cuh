@@ -104,12 +104,14 @@ struct Wgmma<TF32> {
 
 // A in registers: a[0], a[1] are rows lane / 4 and lane / 4 + 8 of the warp's 16 at columns 2 * (lane % 4) + {0, 1} of K,
 // a[2], a[3] the same rows eight columns on.
-__device__ __forceinline__ void wgmma_bf16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+// B as in matrix_descriptor_64, by the descriptor's low word.
+__device__ __forceinline__ void wgmma_bf16(float (&d)[64], const uint32_t (&a)[4], uint32_t b, int accumulate) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" FXFUSE_LIST_64 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
+      "{\n.reg .pred p;\n.reg .b64 descriptor;\nsetp.ne.b32 p, %69, 0;\nmov.b64 descriptor, {%68, 0x80000020};\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" FXFUSE_LIST_64
+      "}, {%64, %65, %66, %67}, descriptor, p, 1, 1, 0;\n}"
       : FXFUSE_ACC_64
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate));
 }
 
 #undef FXFUSE_WGMMA
