@@ -11,7 +11,10 @@ from torch import Tensor
 from fxfuse.kernels.abi import DTYPE_CODE, any_other_layout
 from fxfuse.kernels.loader import library
 
-__all__ = ["is_hopper", "launches_dominate", "rows", "tf32_allowed", "why_not_kernels", "why_not_product"]
+__all__ = [
+    "float32_off", "ieee", "is_hopper", "launches_dominate", "rows", "tf32_allowed", "why_not_kernels",
+    "why_not_product",
+]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)
@@ -33,6 +36,16 @@ def tf32_allowed() -> bool:
     if precision == "none":  # as for all backends
         precision = getattr(torch.backends, "fp32_precision", "ieee")
     return bool(precision == "tf32")
+
+
+def ieee(x: Tensor) -> bool:
+    """Whether products of this tensor must be float32's: float32, and TF32 is not allowed."""
+    return x.dtype is torch.float32 and not tf32_allowed()
+
+
+def float32_off() -> bool:
+    """FXFUSE_FLOAT32=library: products in IEEE float32 stay with the library."""
+    return os.environ.get("FXFUSE_FLOAT32", "") == "library"
 
 
 def why_not_kernels(x: Tensor, *others: Tensor | None) -> str | None:
@@ -70,16 +83,17 @@ def why_not_product(x: Tensor, weight: Tensor) -> str | None:
     """The reason why the Hopper GEMM is not used for x [..., K] and weight [N, K] of one dtype; None when it is.
 
     The library's GEMM is taken where it is faster: products of few rows or of little work (split along K, or by smaller
-    tiles, it uses more of the device), and float32 that must not be rounded to TF32.
+    tiles, it uses more of the device). float32 that must not be rounded to TF32 has its own mainloop (docs/float32.md).
     """
     n, k = weight.shape
     m = x.numel() // max(k, 1)
-    if not pays(m, n, k):
+    exact = ieee(x)
+    if not (float32_pays(m, n, k) if exact else pays(m, n, k)):
         return "a product this small is faster in the library"
     if not is_hopper(x.device):
         return "not a Hopper GPU"
-    if x.dtype == torch.float32 and not tf32_allowed():
-        return "float32 products are IEEE unless torch.backends.cuda.matmul.allow_tf32 is set"
+    if exact and float32_off():
+        return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
     if n % (16 // x.element_size()):
         return "N is no multiple of 16 bytes"
     if m >= 2**31 or n >= 2**31 or k >= 2**31:
@@ -94,6 +108,11 @@ def pays(m: int, n: int, k: int) -> bool:
     sizes (see docs/kernels-gemm.md), not a table of all."""
     columns = -(-n // 256)
     return m >= 256 and k >= 512 and -(-m // 256) * 2 * columns >= 100 and 256 * columns <= n + n // 4
+
+
+def float32_pays(m: int, n: int, k: int) -> bool:
+    """The same for products in IEEE float32, over twice as fast by the tensor cores (see docs/float32.md)."""
+    return m >= 128 and k >= 256 and -(-m // 128) * -(-n // 128) >= 80
 
 
 _LAUNCH_US = 250.0  # what a training step of a fused op costs the host, above what eager's own backward costs it

@@ -122,14 +122,15 @@ FXFUSE_API int fxfuse_linear_activation_scale_backward(const void* dy, const voi
 }
 
 // The whole op on Hopper: x[m, k], weight[n, k] with rows pitch_x, pitch_w elements apart, bias null or n elements of the
-// same dtype, out[m, n] contiguous. dtype float32 multiplies in TF32. Bases and pitches in multiples of 16 bytes, out too.
+// same dtype, out[m, n] contiguous. dtype float32 multiplies in TF32, or where ieee in float32. Bases and pitches in multiples of 16 bytes, out too.
 FXFUSE_API int fxfuse_linear_activation_scale_forward(const void* x, const void* weight, const void* bias, void* out,
                                                       int64_t m, int64_t n, int64_t k, int64_t pitch_x, int64_t pitch_w,
                                                       int activation, float alpha, float beta, float pre_scale, float scale,
-                                                      int dtype, int device, void* stream) {
+                                                      int ieee, int dtype, int device, void* stream) {
   FXFUSE_ON_DEVICE(device, props);
   if (!is_hopper(*props)) return int(cudaErrorNotSupported);
   const hopper::Operands operands{x, weight, out, m, n, k, pitch_x, pitch_w, n};
   const hopper::ActivationEpilogue::Params params{{bias, dtype}, activation, alpha, beta, pre_scale, scale};
-  return int(hopper::activation_gemm(operands, params, dtype, device, props->sm_count, static_cast<cudaStream_t>(stream)));
+  return int(hopper::activation_gemm(operands, params, ieee, dtype, device, props->sm_count,
+                                     static_cast<cudaStream_t>(stream)));
 }

@@ -52,7 +52,7 @@ def _functions() -> _Functions:
     act = [INT, FLOAT, FLOAT, FLOAT, FLOAT]
     end = [INT, INT, PTR]
     return _Functions(
-        found.function(_NAME + "forward", [PTR, PTR, PTR, PTR, I64, I64, I64, I64, I64, *act, *end]),
+        found.function(_NAME + "forward", [PTR, PTR, PTR, PTR, I64, I64, I64, I64, I64, *act, INT, *end]),
         found.function(_NAME + "apply", [PTR, PTR, I64, *act, *end]),
         found.function(_NAME + "backward", [PTR, PTR, PTR, I64, INT, *act, *end]),
     )
@@ -69,7 +69,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Tensor:
     device = x.device.index
     _functions().forward(
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.contiguous().data_ptr(), out.data_ptr(),
-        a[0].size(0), weight.size(0), weight.size(1), a[1], b[1], *act.arguments(),
+        a[0].size(0), weight.size(0), weight.size(1), a[1], b[1], *act.arguments(), gemm.ieee(x),
         DTYPE_CODE[x.dtype], device, stream(device),
     )  # fmt: skip
     return out

@@ -56,26 +56,35 @@ void with_width(int64_t columns, bool aligned, Body&& body) {
 #define FXFUSE_LINEAR_SCALE_VALUE LinearScale{{bias, bias_code}, {scale, scale_code}, {divisor, divisor_code}, multiplier}
 #define FXFUSE_BATCHNORM_VALUE BatchNormAffine{{gamma, gamma_code}, {beta, beta_code}, eps}
 
+// A GEMM of dtype T; `ieee`: float32 products are float32, not TF32.
+template <typename Epilogue, typename T, typename Out>
+cudaError_t product(const hopper::Operands& operands, const typename Epilogue::Params& params, int ieee, int device,
+                    int sm_count, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  if constexpr (std::is_same_v<T, float>)
+    if (ieee) return hopper::float32_gemm<Epilogue>(operands, params, device, sm_count, s);
+  return hopper::gemm<Epilogue, T, Out>(operands, params, device, sm_count, s);
+}
+
 }  // namespace
 
 // --- on Hopper --------------------------------------------------------------------------------------------------------------
 // x[m, k], weight[n, k]: rows pitch_x, pitch_w elements apart; bases and pitches in multiples of 16 bytes, and so n elements
-// of the result. float32 multiplies in TF32.
+// of the result. float32 multiplies in TF32, or where ieee in float32.
 
 // out[m, n] = the whole op in evaluation. out_dtype: dtype, or float32.
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_eval(const void* x, const void* weight, void* out, int64_t m, int64_t n,
                                                     int64_t k, int64_t pitch_x, int64_t pitch_w, FXFUSE_LINEAR_SCALE,
                                                     FXFUSE_BATCHNORM, const void* running_mean, int mean_code,
-                                                    const void* running_var, int var_code, int dtype, int out_dtype,
-                                                    int device, void* stream) {
+                                                    const void* running_var, int var_code, int ieee, int dtype,
+                                                    int out_dtype, int device, void* stream) {
   FXFUSE_ON_DEVICE(device, props);
   if (!is_hopper(*props)) return int(cudaErrorNotSupported);
   const EvalColumns columns{FXFUSE_LINEAR_SCALE_VALUE, FXFUSE_BATCHNORM_VALUE, {running_mean, mean_code},
                             {running_var, var_code}};
   const hopper::Operands operands{x, weight, out, m, n, k, pitch_x, pitch_w, n};
   FXFUSE_DISPATCH_PAIR(dtype, out_dtype, T, Out, {
-    FXFUSE_CHECK((hopper::gemm<hopper::BatchNormEvalEpilogue, T, Out>(operands, columns, device, props->sm_count,
-                                                                      static_cast<cudaStream_t>(stream))));
+    FXFUSE_CHECK((product<hopper::BatchNormEvalEpilogue, T, Out>(operands, columns, ieee, device, props->sm_count, stream)));
   })
   return 0;
 }
@@ -83,14 +92,13 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_eval(const void* x, const void* w
 // acc[m, n] = x weight^T, and partials[ceil(m / 64), n] = (mean, M2) of each column of acc before it is rounded.
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_product(const void* x, const void* weight, void* acc, void* partials,
                                                        int64_t m, int64_t n, int64_t k, int64_t pitch_x, int64_t pitch_w,
-                                                       int dtype, int device, void* stream) {
+                                                       int ieee, int dtype, int device, void* stream) {
   FXFUSE_ON_DEVICE(device, props);
   if (!is_hopper(*props)) return int(cudaErrorNotSupported);
   const hopper::Operands operands{x, weight, acc, m, n, k, pitch_x, pitch_w, n};
   const hopper::StatisticsEpilogue::Params params{static_cast<float2*>(partials)};
   FXFUSE_DISPATCH(dtype, T, {
-    FXFUSE_CHECK((hopper::gemm<hopper::StatisticsEpilogue, T, T>(operands, params, device, props->sm_count,
-                                                                 static_cast<cudaStream_t>(stream))));
+    FXFUSE_CHECK((product<hopper::StatisticsEpilogue, T, T>(operands, params, ieee, device, props->sm_count, stream)));
   })
   return 0;
 }
@@ -102,8 +110,8 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train(const void* x, const void* 
                                                      void* arrived, void* saved, int64_t m, int64_t n, int64_t k,
                                                      int64_t pitch_x, int64_t pitch_w, FXFUSE_LINEAR_SCALE,
                                                      FXFUSE_BATCHNORM, void* running_mean, int mean_code,
-                                                     void* running_var, int var_code, float momentum, int dtype,
-                                                     int device, void* stream) {
+                                                     void* running_var, int var_code, float momentum, int ieee,
+                                                     int dtype, int device, void* stream) {
   if (m > kSmallRows) return int(cudaErrorInvalidValue);
   FXFUSE_ON_DEVICE(device, props);
   if (!is_hopper(*props)) return int(cudaErrorNotSupported);
@@ -114,11 +122,11 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train(const void* x, const void* 
   FXFUSE_CHECK(cudaMemsetAsync(arrived, 0, ceil_div<int64_t>(n, 128) * sizeof(int), s));
   FXFUSE_DISPATCH(dtype, T, {
     if (acc == nullptr) {
-      FXFUSE_CHECK((hopper::gemm<hopper::BatchNormTrainEpilogue<false>, T, T>(
-          operands, {state, static_cast<float2*>(partials), static_cast<int*>(arrived)}, device, props->sm_count, s)));
+      FXFUSE_CHECK((product<hopper::BatchNormTrainEpilogue<false>, T, T>(
+          operands, {state, static_cast<float2*>(partials), static_cast<int*>(arrived)}, ieee, device, props->sm_count, s)));
     } else {
-      FXFUSE_CHECK((hopper::gemm<hopper::BatchNormTrainEpilogue<true>, T, T>(
-          operands, {state, static_cast<float2*>(partials), static_cast<int*>(arrived)}, device, props->sm_count, s)));
+      FXFUSE_CHECK((product<hopper::BatchNormTrainEpilogue<true>, T, T>(
+          operands, {state, static_cast<float2*>(partials), static_cast<int*>(arrived)}, ieee, device, props->sm_count, s)));
     }
   });
   return 0;

@@ -85,9 +85,9 @@ def _functions() -> _Functions:
     columns = [*vector, *vector, *vector, FLOAT, *vector, *vector, FLOAT]
     end = [INT, PTR]
     return _Functions(
-        found.function(_NAME + "eval", [PTR] * 3 + [I64] * 5 + columns + vector * 2 + [INT, INT] + end),
-        found.function(_NAME + "product", [PTR] * 4 + [I64] * 5 + [INT] + end),
-        found.function(_NAME + "train", [PTR] * 7 + [I64] * 5 + columns + vector * 2 + [FLOAT, INT] + end),
+        found.function(_NAME + "eval", [PTR] * 3 + [I64] * 5 + columns + vector * 2 + [INT] * 3 + end),
+        found.function(_NAME + "product", [PTR] * 4 + [I64] * 5 + [INT] * 2 + end),
+        found.function(_NAME + "train", [PTR] * 7 + [I64] * 5 + columns + vector * 2 + [FLOAT, INT, INT] + end),
         found.function(_NAME + "eval_apply", [PTR] * 2 + [I64] * 2 + columns + vector * 2 + [INT, INT] + end),
         found.function(_NAME + "block_rows", [I64, PTR]),
         found.function(_NAME + "statistics", [PTR] * 2 + [I64] * 2 + [INT] + end),
@@ -115,7 +115,7 @@ def eval_product(x: Tensor, weight: Tensor, c: Columns, mean: Tensor, var: Tenso
     device = x.device.index
     _functions().eval(
         x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.size(0), weight.size(0), weight.size(1), a[1], b[1],
-        *c.arguments(), *_vector(mean), *_vector(var), DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype],
+        *c.arguments(), *_vector(mean), *_vector(var), gemm.ieee(x), DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype],
         device, stream(device),
     )  # fmt: skip
     return out
@@ -141,7 +141,7 @@ def train_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Partials]:
     device = x.device.index
     _functions().product(
         x.data_ptr(), weight.data_ptr(), acc.data_ptr(), partials.data_ptr(), m, n, weight.size(1), a[1], b[1],
-        DTYPE_CODE[x.dtype], device, stream(device),
+        gemm.ieee(x), DTYPE_CODE[x.dtype], device, stream(device),
     )  # fmt: skip
     return acc, (partials, _PRODUCT_ROWS)
 
@@ -178,7 +178,7 @@ def train(
         _functions().train(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
             saved.data_ptr(), m, n, weight.size(1), a[1], b[1], *c.arguments(), *_vector(running_mean),
-            *_vector(running_var), momentum, DTYPE_CODE[x.dtype], device, stream(device),
+            *_vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype], device, stream(device),
         )  # fmt: skip
     except KernelError as error:
         if error.code != _TOO_LARGE_TO_COOPERATE:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxfuse.kernels import gemm
+from fxfuse.kernels import float32_gemm, gemm
 from fxfuse.kernels import linear_activation_scale as kernels
 from fxfuse.kernels.linear_activation_scale import Act
 
@@ -231,7 +231,7 @@ def linear_backward(
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     if factor == 1:
-        return a @ b
+        return float32_gemm.matmul(a, b) if float32_gemm.why_not(a, b) is None else a @ b
     return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=factor)
 
 

@@ -4,6 +4,7 @@
 #include "../activation.cuh"
 #include "../column_vector.cuh"
 #include "dispatch.cuh"
+#include "float32_gemm.cuh"
 
 namespace fxfuse::hopper {
 
@@ -36,8 +37,10 @@ struct ActivationEpilogue {
   }
 };
 
-inline cudaError_t activation_gemm(const Operands& p, const ActivationEpilogue::Params& params, int dtype, int device,
-                                   int sm_count, cudaStream_t stream) {
+// ieee: float32 products are float32, not TF32.
+inline cudaError_t activation_gemm(const Operands& p, const ActivationEpilogue::Params& params, int ieee, int dtype,
+                                   int device, int sm_count, cudaStream_t stream) {
+  if (ieee && dtype == kFloat32) return float32_gemm<ActivationEpilogue>(p, params, device, sm_count, stream);
   switch (dtype) {
     case kFloat32: return gemm<ActivationEpilogue, float, float>(p, params, device, sm_count, stream);
     case kFloat16: return gemm<ActivationEpilogue, __half, __half>(p, params, device, sm_count, stream);

@@ -78,6 +78,8 @@ __device__ __forceinline__ void cluster_sync() {
 
 // Orders this thread's ordinary writes to shared memory before reads by the copy engine or the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for global memory, also between its reads and later writes by the copy engine.
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 template <int REGISTERS>
 __device__ __forceinline__ void registers_raise() {

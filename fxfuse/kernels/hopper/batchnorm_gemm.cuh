@@ -4,6 +4,7 @@
 
 #include "../batchnorm_columns.cuh"
 #include "dispatch.cuh"
+#include "float32_gemm.cuh"
 
 namespace fxfuse::hopper {
 

@@ -1,7 +1,7 @@
 // A persistent, warp-specialised GEMM: out[M, N] = epilogue(A[M, K] B[N, K]^T).
 //
 // A block is one producer warpgroup (its first warp drives the copy engine, the others prepare the epilogue's column
-// numbers) and two consumer warpgroups. Each walks the same list of tiles; barriers in shared memory are all they share.
+// numbers and whatever the mainloop wants prepared) and two consumer warpgroups. Each walks the same list of tiles; barriers in shared memory are all they share.
 #pragma once
 
 #include "batch.cuh"
@@ -14,7 +14,6 @@ namespace fxfuse::hopper {
 
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kColumnThreads = kWarpgroup - kWarp;
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // 128 * 56 + 256 * 224 of 65536
 
 template <typename Mainloop, typename Writer, typename Epilogue>
 struct SharedLayout {
@@ -31,19 +30,20 @@ struct SharedLayout {
 };
 
 // Numbers that every block needs, by value in constant memory.
-template <typename Epilogue>
+template <typename Mainloop, typename Epilogue>
 struct Problem {
   TileOrder order;
   int rows;      // M
   int columns;   // N
   int k_blocks;  // of Mainloop::kBlockK
   typename Epilogue::Params epilogue;
+  typename Mainloop::Params mainloop;
 };
 
 // Column statistics of a warpgroup's rows; the staging buffers are scratch for a moment.
 template <typename Mainloop, typename Epilogue, typename Writer>
 __device__ __forceinline__ void statistics(uint8_t* storage, const float (&acc)[Mainloop::kAccumulators],
-                                           const Problem<Epilogue>& problem, int m, int n, int consumer, int thread) {
+                                           const Problem<Mainloop, Epilogue>& problem, int m, int n, int consumer, int thread) {
   static_assert(Writer::kSharedBytes >= 4 * Mainloop::kBlockN * int(sizeof(float2)), "the scratch is too small");
   if (thread == 0) tma_store_wait_read<0>();
   named_barrier<kWarpgroup>(1 + consumer);
@@ -55,34 +55,43 @@ __device__ __forceinline__ void statistics(uint8_t* storage, const float (&acc)[
 // A tile whose epilogue needs the statistics of the whole batch (batch.cuh).
 template <typename Mainloop, typename Epilogue, typename Writer>
 __device__ __forceinline__ void finish_batch(typename Mainloop::Pipeline& ring, uint32_t shared, uint8_t* storage,
-                                             float (&acc)[Mainloop::kAccumulators], const Problem<Epilogue>& problem,
-                                             const CUtensorMap* map_out, const CUtensorMap* map_kept, const Tile& tile,
-                                             int m, int n, int consumer, int thread, uint32_t parity, bool first) {
+                                             float (&acc)[Mainloop::kHalves][Mainloop::kAccumulators],
+                                             const Problem<Mainloop, Epilogue>& problem, const CUtensorMap* map_out,
+                                             const CUtensorMap* map_kept, const Tile& tile, int m, int n, int consumer, int thread, uint32_t parity, bool first) {
   using Layout = SharedLayout<Mainloop, Writer, Epilogue>;
   constexpr int kBlockN = Mainloop::kBlockN;
   const auto& p = problem.epilogue;
   const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
   float2* const maps = reinterpret_cast<float2*>(storage + Layout::kMaps + consumer * Layout::kMapBytes);
   const auto* const known = reinterpret_cast<const float4*>(storage + Layout::kColumns);
-  Mainloop::consume(ring, shared, acc, problem.k_blocks, consumer, thread, first);
-  statistics<Mainloop, Epilogue, Writer>(storage, acc, problem, m, n, consumer, thread);
+  Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, first);
+  Mainloop::repair(problem.mainloop, acc, m, n, consumer, thread);
+#pragma unroll
+  for (int half = 0; half < Mainloop::kHalves; ++half)
+    statistics<Mainloop, Epilogue, Writer>(storage, acc[half], problem, m + Mainloop::row(consumer, half), n, consumer, thread);
   BatchExchange<kBlockN>::arrive(p.arrived + tile.n, thread);
-  if constexpr (Epilogue::kKeep)
-    Writer::template write<false>(Identity::Apply{}, acc, maps, staging, map_kept, m, n, thread, 1 + consumer);
+  if constexpr (Epilogue::kKeep) {
+#pragma unroll
+    for (int half = 0; half < Mainloop::kHalves; ++half)
+      Writer::template write<false>(Identity::Apply{}, acc[half], maps, staging, map_kept, m + Mainloop::row(consumer, half),
+                                    n, thread, 1 + consumer);
+  }
   mbarrier_wait(shared + Layout::kColumnsFull, parity);
   BatchExchange<kBlockN>::finish(p.state, p.partials, p.arrived + tile.n,
                                  problem.order.rows * Mainloop::kCluster * Mainloop::kConsumers, known, maps, problem.rows,
-                                 n, m == 0, thread, 1 + consumer);
+                                 n, m + consumer == 0, thread, 1 + consumer);
   if (thread == 0) mbarrier_arrive(shared + Layout::kColumnsEmpty);
-  Writer::template write<true>([](float x, float2 c) { return fmaf(x, c.x, c.y); }, acc, maps, staging, map_out, m, n,
-                               thread, 1 + consumer);
+#pragma unroll
+  for (int half = 0; half < Mainloop::kHalves; ++half)
+    Writer::template write<true>([](float x, float2 c) { return fmaf(x, c.x, c.y); }, acc[half], maps, staging, map_out,
+                                 m + Mainloop::row(consumer, half), n, thread, 1 + consumer);
 }
 
 template <typename Mainloop, typename Epilogue, typename Out, int BUFFERS>
 __global__ void __launch_bounds__(kThreads, 1)
 gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
             const __grid_constant__ CUtensorMap map_out, const __grid_constant__ CUtensorMap map_kept,
-            const __grid_constant__ Problem<Epilogue> problem) {
+            const __grid_constant__ Problem<Mainloop, Epilogue> problem) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Writer = TileWriter<Out, Mainloop::kBlockN, BUFFERS>;
   using Layout = SharedLayout<Mainloop, Writer, Epilogue>;
@@ -114,7 +123,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   else cluster_sync();
 
   if (warpgroup == 0) {
-    registers_lower<kProducerRegisters>();
+    registers_lower<Mainloop::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / kWarp, 0);
     if (warp == 0 && thread == 0) {
       for (int t = cluster; t < tiles; t += clusters) {
@@ -122,9 +131,11 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
         Mainloop::produce(ring, shared, &map_a, &map_b, (tile.m * kCluster + int(rank)) * Mainloop::kBlockM,
                           tile.n * Mainloop::kBlockN, problem.k_blocks, rank);
       }
-    } else if (Epilogue::kColumns && warp > 0) {
+    } else if ((Epilogue::kColumns || Mainloop::kPrepares) && warp > 0) {
       uint32_t parity = 1;  // the column numbers' memory starts free
       for (int t = cluster; t < tiles; t += clusters, parity ^= 1) {
+        if constexpr (Mainloop::kPrepares) Mainloop::prepare(ring, shared, problem.k_blocks, thread - kWarp);
+        if constexpr (!Epilogue::kColumns) continue;
         const int n = problem.order.at(t).n * Mainloop::kBlockN;
         mbarrier_wait(columns_empty, parity);
 #pragma unroll
@@ -134,26 +145,34 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
       }
     }
   } else {
-    registers_raise<kConsumerRegisters>();
+    registers_raise<Mainloop::kConsumerRegisters>();
     const int consumer = warpgroup - 1;
     const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
     uint32_t parity = 0;
     for (int t = cluster; t < tiles; t += clusters, parity ^= 1) {
       const Tile tile = problem.order.at(t);
-      const int m = (tile.m * kCluster + int(rank)) * Mainloop::kBlockM + consumer * kInstructionM;
+      const int m = (tile.m * kCluster + int(rank)) * Mainloop::kBlockM;
       const int n = tile.n * Mainloop::kBlockN, barrier = 1 + consumer;
-      float acc[Mainloop::kAccumulators];
+      float acc[Mainloop::kHalves][Mainloop::kAccumulators];
       if constexpr (Epilogue::kBatch) {
         finish_batch<Mainloop, Epilogue, Writer>(ring, shared, storage, acc, problem, &map_out, &map_kept, tile, m, n,
                                                  consumer, thread, parity, t == cluster);
         continue;
       } else {
-        Mainloop::consume(ring, shared, acc, problem.k_blocks, consumer, thread, t == cluster);
-        if constexpr (Epilogue::kStatistics)
-          statistics<Mainloop, Epilogue, Writer>(storage, acc, problem, m, n, consumer, thread);
+        Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster);
+        Mainloop::repair(problem.mainloop, acc, m, n, consumer, thread);
+        if constexpr (Epilogue::kStatistics) {
+#pragma unroll
+          for (int half = 0; half < Mainloop::kHalves; ++half)
+            statistics<Mainloop, Epilogue, Writer>(storage, acc[half], problem, m + Mainloop::row(consumer, half), n, consumer,
+                                                   thread);
+        }
         if constexpr (Epilogue::kColumns) mbarrier_wait(columns_full, parity);
         Epilogue::with(problem.epilogue, [&](const auto& apply) {
-          Writer::template write<Epilogue::kColumns>(apply, acc, columns, staging, &map_out, m, n, thread, barrier);
+#pragma unroll
+          for (int half = 0; half < Mainloop::kHalves; ++half)
+            Writer::template write<Epilogue::kColumns>(apply, acc[half], columns, staging, &map_out,
+                                                       m + Mainloop::row(consumer, half), n, thread, barrier);
         });
         // Every thread of the warpgroup passed the writer's last barrier, so all of them have read the columns.
         if (Epilogue::kColumns && thread == 0) mbarrier_arrive(columns_empty);
@@ -165,15 +184,6 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   if constexpr (kCluster > 1) cluster_sync();
 #endif
 }
-
-// One product. Leading dimensions in elements. The caller has checked alignment (16-byte bases and pitches).
-struct Operands {
-  const void *a, *b;
-  void* out;
-  int64_t m, n, k;
-  int64_t pitch_a, pitch_b, pitch_out;
-  void* kept = nullptr;  // the bare product, as out, where the epilogue keeps it
-};
 
 template <typename Mainloop, typename Epilogue, typename Out, int BUFFERS>
 cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epilogue, int band, int device, int sm_count,
@@ -191,10 +201,7 @@ cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epil
   }
 
   CUtensorMap map_a, map_b, map_out, map_kept;
-  using In = TensorMapType<typename Mainloop::Element>;
-  cudaError_t error = make_tensor_map(&map_a, In::kType, In::kBytes, p.a, p.m, p.k, p.pitch_a, Mainloop::kBoxRowsA);
-  if (error == cudaSuccess)
-    error = make_tensor_map(&map_b, In::kType, In::kBytes, p.b, p.n, p.k, p.pitch_b, Mainloop::kBoxRowsB);
+  cudaError_t error = Mainloop::tensor_maps(&map_a, &map_b, p);
   if (error == cudaSuccess)
     error = make_tensor_map(&map_out, TensorMapType<Out>::kType, sizeof(Out), p.out, p.m, p.n, p.pitch_out, Writer::kRows);
   map_kept = map_out;
@@ -202,7 +209,7 @@ cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epil
     error = make_tensor_map(&map_kept, TensorMapType<Out>::kType, sizeof(Out), p.kept, p.m, p.n, p.pitch_out, Writer::kRows);
   if (error != cudaSuccess) return error;
 
-  Problem<Epilogue> problem;
+  Problem<Mainloop, Epilogue> problem;
   problem.order.rows = int(ceil_div<int64_t>(p.m, Mainloop::kBlockM * kCluster));
   problem.order.columns = int(ceil_div<int64_t>(p.n, Mainloop::kBlockN));
   problem.order.band = band;
@@ -210,6 +217,7 @@ cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epil
   problem.columns = int(p.n);
   problem.k_blocks = int(ceil_div<int64_t>(p.k, Mainloop::kBlockK));
   problem.epilogue = epilogue;
+  problem.mainloop = Mainloop::params(p);
   const int64_t tiles = problem.order.count();
   int64_t clusters = sm_count / kCluster;
   if constexpr (Epilogue::kBatch) {  // whole columns of tiles run at the same time

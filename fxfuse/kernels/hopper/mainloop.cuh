@@ -1,7 +1,9 @@
 // Mainloop policies: how a block's product of a tile of A (M x K) and a tile of B (N x K) comes about.
 //
-// A policy owns its shared-memory stages and both sides of the ring: `produce` (one thread) and `consume` (a warpgroup). The
-// kernel around it knows neither the arithmetic nor the layout, so another arithmetic is another policy.
+// A policy owns its shared-memory stages and all sides of the ring: `produce` (one thread), `consume` (a warpgroup) and,
+// where kPrepares, `prepare` (the producer's other three warps). A consumer warpgroup has kHalves times 64 rows of the tile,
+// those from `row` on. `repair` may replace accumulators in the end. The kernel around a policy knows neither the arithmetic
+// nor the layout, so another arithmetic is another policy.
 #pragma once
 
 #include "ring.cuh"
@@ -9,6 +11,15 @@
 #include "wgmma.cuh"
 
 namespace fxfuse::hopper {
+
+// One product. Leading dimensions in elements. The caller has checked alignment (16-byte bases and pitches).
+struct Operands {
+  const void *a, *b;
+  void* out;
+  int64_t m, n, k;
+  int64_t pitch_a, pitch_b, pitch_out;
+  void* kept = nullptr;  // the bare product, as out, where the epilogue keeps it
+};
 
 template <typename Element> struct TensorMapType;
 template <> struct TensorMapType<__nv_bfloat16> {
@@ -38,6 +49,10 @@ template <> struct TensorMapType<TF32> {  // the copy engine rounds to nearest o
 template <typename ELEMENT, int BN, int STAGES, int CLUSTER, int STAGGER = 0>
 struct DirectMainloop {
   using Element = ELEMENT;
+  struct Params {};
+  static constexpr int kHalves = 1;
+  static constexpr bool kPrepares = false;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // of 64,512 for 128 and 256 threads
   static constexpr int kBlockM = 128, kBlockN = BN, kConsumers = 2, kCluster = CLUSTER;
   static constexpr int kElementBytes = TensorMapType<Element>::kBytes;
   static constexpr int kBlockK = kRowBytes / kElementBytes;
@@ -48,6 +63,15 @@ struct DirectMainloop {
   static constexpr int kAccumulators = BN / 2;  // per thread
   static constexpr int kStaggerBarrier = 3;
   using Pipeline = Ring<STAGES, kConsumers, CLUSTER>;
+
+  static cudaError_t tensor_maps(CUtensorMap* a, CUtensorMap* b, const Operands& p) {
+    using In = TensorMapType<Element>;
+    const cudaError_t error = make_tensor_map(a, In::kType, In::kBytes, p.a, p.m, p.k, p.pitch_a, kBoxRowsA);
+    return error != cudaSuccess ? error : make_tensor_map(b, In::kType, In::kBytes, p.b, p.n, p.k, p.pitch_b, kBoxRowsB);
+  }
+  static Params params(const Operands&) { return {}; }
+  static __device__ __forceinline__ int row(int consumer, int) { return consumer * kInstructionM; }
+  static __device__ __forceinline__ void repair(const Params&, float (&)[1][kAccumulators], int, int, int, int) {}
 
   // Has the copy engine bring every K block of rows m.. of A and n.. of B.
   static __device__ __forceinline__ void produce(Pipeline& ring, uint32_t shared, const CUtensorMap* a, const CUtensorMap* b,
@@ -67,8 +91,10 @@ struct DirectMainloop {
 
   // acc = this warpgroup's 64 rows of the tile; `first` at a block's first tile. A stage is let go of one step late, so that
   // the tensor cores always have the next batch waiting.
-  static __device__ __forceinline__ void consume(Pipeline& ring, uint32_t shared, float (&acc)[kAccumulators], int blocks,
+  static __device__ __forceinline__ void consume(const Params&, Pipeline& ring, uint32_t shared,
+                                                 float (&accumulators)[1][kAccumulators], int, int, int blocks,
                                                  int warpgroup, int thread, bool first) {
+    float(&acc)[kAccumulators] = accumulators[0];
     const int start_other = STAGGER > 0 && first ? (blocks < STAGGER ? blocks : STAGGER) - 1 : -1;
     if (STAGGER > 0 && first && warpgroup == 1) named_barrier<2 * kWarpgroup>(kStaggerBarrier);
     const uint64_t a = matrix_descriptor(shared + warpgroup * kInstructionM * kRowBytes);

@@ -8,7 +8,8 @@
 
 namespace fxfuse::hopper {
 
-template <int STAGES, int CONSUMERS, int CLUSTER>
+// FILLERS and CONSUMERS: arrivals that fill and free a stage.
+template <int STAGES, int CONSUMERS, int CLUSTER, int FILLERS = 1>
 class Ring {
  public:
   static constexpr int kBarrierBytes = 2 * STAGES * 8;
@@ -19,7 +20,7 @@ class Ring {
   // By one thread, before anybody uses the ring.
   __device__ __forceinline__ void initialise() const {
     for (int i = 0; i < STAGES; ++i) {
-      mbarrier_init(full(i), 1);
+      mbarrier_init(full(i), FILLERS);
       mbarrier_init(empty(i), CONSUMERS * CLUSTER);
     }
   }
@@ -39,6 +40,8 @@ class Ring {
     return full(stage_);
   }
   __device__ __forceinline__ void wait_free() const { mbarrier_wait(empty(stage_), parity_ ^ 1); }
+  // A filler that writes by itself: its part of the current stage is there.
+  __device__ __forceinline__ void filled() const { mbarrier_arrive(full(stage_)); }
 
   // Consumer: waits for the current stage's data; lets go of a stage (called by a whole warpgroup, `thread` in it).
   __device__ __forceinline__ void wait_filled() const { mbarrier_wait(full(stage_), parity_); }
@@ -48,6 +51,11 @@ class Ring {
     } else {
       if (thread < CLUSTER) mbarrier_arrive_at(empty(stage), thread);
     }
+  }
+  // By each warp of its own accord: the current stage is free of its reads.
+  __device__ __forceinline__ void release_by_warp(int lane) const {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(empty(stage_));
   }
 
  private:

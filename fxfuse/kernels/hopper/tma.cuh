@@ -76,18 +76,20 @@ inline EncodeTiled encode_tiled() {
 }
 
 // Describes a row-major matrix of `rows` x `columns` elements, rows `pitch` elements apart, read or written in boxes of
-// `box_rows` rows (at most 256) by 128 bytes. Elements outside read as zero. Needs a base and a pitch of 16-byte multiples.
+// `box_rows` rows (at most 256) by `box_bytes`: 128 and swizzled, or 64 and plain. Elements outside read as zero. Needs a
+// base and a pitch of 16-byte multiples.
 inline cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* base,
-                                   int64_t rows, int64_t columns, int64_t pitch, int box_rows) {
+                                   int64_t rows, int64_t columns, int64_t pitch, int box_rows, int box_bytes = kRowBytes) {
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)};
   const cuuint64_t stride[1] = {cuuint64_t(pitch) * element_bytes};
-  const cuuint32_t box[2] = {cuuint32_t(kRowBytes / element_bytes), cuuint32_t(box_rows)};
+  const cuuint32_t box[2] = {cuuint32_t(box_bytes / element_bytes), cuuint32_t(box_rows)};
   const cuuint32_t step[2] = {1, 1};
   const CUresult result =
       encode(map, type, 2, const_cast<void*>(base), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             box_bytes == kRowBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -23,6 +23,13 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared) {
   return kSwizzle128 | kGroupStride | kUnused | ((shared & 0x3FFFF) >> 4);
 }
 
+// The same for rows of 64 bytes: groups of 8 rows 512 bytes apart, 64-byte swizzle (16-byte unit u of row r lies at unit
+// u ^ (r / 2 % 4)). The tile starts at a multiple of 512 bytes.
+__device__ __forceinline__ uint64_t matrix_descriptor_64(uint32_t shared) {
+  constexpr uint64_t kSwizzle64 = uint64_t(2) << 62, kGroupStride = uint64_t(512 >> 4) << 32, kUnused = uint64_t(1) << 16;
+  return kSwizzle64 | kGroupStride | kUnused | ((shared & 0x3FFFF) >> 4);
+}
+
 // Accumulators may be read or written by other instructions before / after. Before the first wgmma of a batch.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -94,6 +101,18 @@ struct Wgmma<TF32> {
     FXFUSE_WGMMA("m64n128k8.f32.tf32.tf32", 64, 64, 65, 66, "1, 1");
   }
 };
+
+// A in registers: a[0], a[1] are rows lane / 4 and lane / 4 + 8 of the warp's 16 at columns 2 * (lane % 4) + {0, 1} of K,
+// a[2], a[3] the same rows eight columns on.
+// B as in matrix_descriptor_64, by the descriptor's low word.
+__device__ __forceinline__ void wgmma_bf16(float (&d)[64], const uint32_t (&a)[4], uint32_t b, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b64 descriptor;\nsetp.ne.b32 p, %69, 0;\nmov.b64 descriptor, {%68, 0x80000020};\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" FXFUSE_LIST_64
+      "}, {%64, %65, %66, %67}, descriptor, p, 1, 1, 0;\n}"
+      : FXFUSE_ACC_64
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate));
+}
 
 #undef FXFUSE_WGMMA
 

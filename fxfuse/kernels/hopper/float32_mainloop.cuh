@@ -1,0 +1,380 @@
+// Mainloop policy: float32 products on the tensor cores, as exact as float32 arithmetic.
+//
+// With each operand split in three bf16 (split.cuh), x w = hh + (hm + mh) + (mm + hl + lh) + terms under 2^-24 |x w|: six
+// bf16 products. A tensor core truncates what it adds to its accumulator, by up to one unit in the last place each time, so
+// it adds for 32 of K only: first the five small products, while the accumulator is small, then hh, whose products have 16
+// bits and mostly fit. Those sums are added in true float32 registers, rounded to nearest.
+//
+// Per 32 of K, a block of 256 x 128 and in clocks of its 3072 on the tensor cores: B's planes read by wgmma 1536, written
+// 192, A and B delivered and read 384 + 384... of shared memory's 128 bytes a clock; see docs/float32.md.
+//
+//   copy engine -> A, B in float32 -> three warps split B into three planes -> wgmma, A split into registers by its reader
+//
+// Every 2048 of K those sums are added to the ones before, which wait in the result's own memory: the rounding of a long row
+// of additions then grows as that of a tree.
+//
+// A consumer's rows come in halves of 64 that share the temporary accumulators: 128 + 64 of them, and 24 registers of A.
+#pragma once
+
+#include "float32_repair.cuh"
+#include "mainloop.cuh"
+#include "split.cuh"
+
+namespace fxfuse::hopper {
+
+// A is [M, K], or [K, M] where A_ALONG_M; B is [N, K], or [K, N] where B_ALONG_N. HALVES times 128 rows a tile. INTERVAL: of
+// K, in the tensor core. OUTER: of K, between sums in the result's memory.
+template <bool A_ALONG_M, bool B_ALONG_N, int HALVES = 2, int INTERVAL = 32, int OUTER = 2048, int STAGES_A = 4, int STAGES_RAW = 2, int STAGES_B = 3>
+struct Float32Mainloop {
+  using Params = Float32Operands;
+  static constexpr int kBlockM = 128 * HALVES, kBlockN = 128, kBlockK = 32, kConsumers = 2, kCluster = 1, kHalves = HALVES;
+  static constexpr int kAccumulators = kBlockN / 2;
+  static constexpr bool kPrepares = true;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kSteps = kBlockK / 16;
+  static constexpr int kBytesA = 128 * kBlockK * 4;      // of one half
+  static constexpr int kBytesRaw = kBlockN * kBlockK * 4;
+  static constexpr int kPlaneRow = kBlockK * 2, kPlane = kBlockN * kPlaneRow, kBytesB = 3 * kPlane;
+  static constexpr int kRaw = STAGES_A * kBytesA, kPlanes = kRaw + STAGES_RAW * kBytesRaw;
+  static constexpr int kSharedBytes = kPlanes + STAGES_B * kBytesB;
+  static constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp, kSplitters = 3;
+  static_assert(HALVES == 1 || INTERVAL == kBlockK, "the halves share temporary accumulators");
+  static_assert(INTERVAL % kBlockK == 0 && OUTER % INTERVAL == 0 && !(A_ALONG_M && !B_ALONG_N));
+
+  struct Pipeline {
+    using RingA = Ring<STAGES_A, kConsumerWarps, 1>;
+    using RingRaw = Ring<STAGES_RAW, kSplitters, 1>;
+    using RingB = Ring<STAGES_B, kConsumerWarps, 1, kSplitters>;
+    static constexpr int kBarrierBytes = RingA::kBarrierBytes + RingRaw::kBarrierBytes + RingB::kBarrierBytes;
+    RingA a;
+    RingRaw raw;
+    RingB b;
+    __device__ __forceinline__ explicit Pipeline(uint32_t barriers)
+        : a(barriers), raw(barriers + RingA::kBarrierBytes),
+          b(barriers + RingA::kBarrierBytes + RingRaw::kBarrierBytes) {}
+    __device__ __forceinline__ void initialise() const {
+      a.initialise();
+      raw.initialise();
+      b.initialise();
+    }
+  };
+
+  static cudaError_t tensor_maps(CUtensorMap* a, CUtensorMap* b, const Operands& p) {
+    using In = TensorMapType<float>;
+    const cudaError_t error =
+        A_ALONG_M ? make_tensor_map(a, In::kType, In::kBytes, p.a, p.k, p.m, p.pitch_a, kBlockK)
+                  : make_tensor_map(a, In::kType, In::kBytes, p.a, p.m, p.k, p.pitch_a, 128, 64);
+    if (error != cudaSuccess) return error;
+    return B_ALONG_N ? make_tensor_map(b, In::kType, In::kBytes, p.b, p.k, p.n, p.pitch_b, kBlockK)
+                     : make_tensor_map(b, In::kType, In::kBytes, p.b, p.n, p.k, p.pitch_b, kBlockN);
+  }
+  static Params params(const Operands& p) {
+    return {static_cast<const float*>(p.a), static_cast<const float*>(p.b),
+            A_ALONG_M ? 1 : p.pitch_a,      A_ALONG_M ? p.pitch_a : 1,
+            B_ALONG_N ? 1 : p.pitch_b,      B_ALONG_N ? p.pitch_b : 1,
+            int(p.m),                       int(p.n),
+            int(p.k),                       static_cast<float*>(p.out),
+            p.pitch_out};
+  }
+  static __device__ __forceinline__ int row(int consumer, int half) { return 128 * half + kInstructionM * consumer; }
+
+  static __device__ __forceinline__ void repair(const Params& p, float (&acc)[HALVES][kAccumulators], int m, int n,
+                                                int consumer, int thread) {
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half)
+      float32_repair<kBlockN>(p, acc[half], m + row(consumer, half), n, thread);
+  }
+
+  // --- the copy engine ------------------------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ void produce(Pipeline& ring, uint32_t shared, const CUtensorMap* a, const CUtensorMap* b,
+                                                 int m, int n, int blocks, uint32_t) {
+    for (int i = 0; i < blocks; ++i) {
+      const int k = i * kBlockK;
+      const uint32_t raw_full = ring.raw.acquire(kBytesRaw);
+      const uint32_t raw = shared + kRaw + ring.raw.stage() * kBytesRaw;
+      if constexpr (B_ALONG_N) {
+#pragma unroll
+        for (int g = 0; g < 4; ++g) tma_load(raw + g * (kBytesRaw / 4), b, raw_full, n + 32 * g, k);
+      } else {
+        tma_load(raw, b, raw_full, k, n);
+      }
+      ring.raw.advance();
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half, ring.a.advance()) {
+        const uint32_t full = ring.a.acquire(kBytesA);
+        const uint32_t stage = shared + ring.a.stage() * kBytesA;
+        if constexpr (A_ALONG_M) {
+#pragma unroll
+          for (int g = 0; g < 4; ++g) tma_load(stage + g * (kBytesA / 4), a, full, m + 128 * half + 32 * g, k);
+        } else {
+#pragma unroll
+          for (int step = 0; step < kSteps; ++step)
+            tma_load(stage + step * (kBytesA / kSteps), a, full, k + 16 * step, m + 128 * half);
+        }
+      }
+    }
+  }
+
+  // --- B into planes ----------------------------------------------------------------------------------------------------
+  // Row n of a plane: 32 bf16. Where A lies along K, a reader of A takes four neighbours of K at once; those are then the
+  // columns 2q, 2q + 1, 2q + 8, 2q + 9 of an instruction's sixteen, in the planes too.
+
+  static __device__ __forceinline__ uint32_t plane_address(uint32_t planes, int row, int unit) {
+    return planes + row * kPlaneRow + ((unit ^ (row / 2 % 4)) * kUnitBytes);
+  }
+
+  static __device__ __forceinline__ void prepare(Pipeline& ring, uint32_t shared, int blocks, int thread) {
+    const int warp = thread / kWarp, lane = thread % kWarp;
+    for (int i = 0; i < blocks; ++i, ring.raw.advance(), ring.b.advance()) {
+      const uint32_t raw = shared + kRaw + ring.raw.stage() * kBytesRaw;
+      const uint32_t planes = shared + kPlanes + ring.b.stage() * kBytesB;
+      ring.b.wait_free();
+      ring.raw.wait_filled();
+      if constexpr (B_ALONG_N) split_along_n(raw, planes, warp, lane);
+      else split_along_k(raw, planes, warp, lane);
+      fence_async_proxy();
+      ring.raw.release_by_warp(lane);
+      if (lane == 0) ring.b.filled();
+    }
+  }
+
+  // Four rows a turn, eight lanes to a row; a lane's four neighbours are two pairs in two units.
+  static __device__ __forceinline__ void split_along_k(uint32_t raw, uint32_t planes, int warp, int lane) {
+    const int c = lane % 8, q = c % 4;
+#pragma unroll 1
+    for (int turn = warp; turn < kBlockN / 4; turn += kSplitters) {
+      const int row = 4 * turn + lane / 8;
+      float4 x;
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                   : "r"(raw + row * kRowBytes + ((c ^ (row % 8)) * kUnitBytes))
+                   : "memory");
+      const SplitPair s = split_pair(x.x, x.y), t = split_pair(x.z, x.w);
+      const uint32_t first = plane_address(planes, row, c / 4 * 2) + 4 * q;
+      const uint32_t second = plane_address(planes, row, c / 4 * 2 + 1) + 4 * q;
+      store(first, s.high), store(second, t.high);
+      store(first + kPlane, s.middle), store(second + kPlane, t.middle);
+      store(first + 2 * kPlane, s.low), store(second + 2 * kPlane, t.low);
+    }
+  }
+
+  // A lane has one row, and of it one unit of eight a turn.
+  static __device__ __forceinline__ void split_along_n(uint32_t raw, uint32_t planes, int warp, int lane) {
+#pragma unroll 1
+    for (int turn = warp; turn < 16; turn += kSplitters) {
+      const int group = turn % 4, unit = turn / 4, row = 32 * group + lane;
+      uint32_t high[4], middle[4], low[4];
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const int k = A_ALONG_M ? 8 * unit + 2 * pair : 16 * (unit / 2) + 4 * pair + 2 * (unit % 2);
+        float x[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          x[j] = load(raw + group * (kBytesRaw / 4) + (k + j) * kRowBytes + ((lane / 4) ^ ((k + j) % 8)) * kUnitBytes +
+                      lane % 4 * 4);
+        const SplitPair s = split_pair(x[0], x[1]);
+        high[pair] = s.high, middle[pair] = s.middle, low[pair] = s.low;
+      }
+      const uint32_t address = plane_address(planes, row, unit);
+      store4(address, high), store4(address + kPlane, middle), store4(address + 2 * kPlane, low);
+    }
+  }
+
+  // --- the products -----------------------------------------------------------------------------------------------------
+
+  struct Fragment {  // of A: 64 x 16
+    uint32_t high[4], middle[4], low[4];
+  };
+
+  // Where in a stage of A a thread's first element lies.
+  static __device__ __forceinline__ uint32_t corner(int warpgroup, int thread) {
+    const int lane = thread % kWarp, q = lane % 4;
+    const int r = warpgroup * kInstructionM + 16 * (thread / kWarp) + lane / 4;
+    return A_ALONG_M ? r / 32 * (kBytesA / 4) + 2 * q * kRowBytes + ((r % 32 / 4) ^ (2 * q)) * kUnitBytes + r % 4 * 4
+                     : r * 64 + q * kUnitBytes;
+  }
+  // The fragment of a step in the order of the instruction's registers, two floats each.
+  static __device__ __forceinline__ void load_a(float (&x)[8], uint32_t stage, uint32_t corner, int step) {
+    if constexpr (A_ALONG_M) {  // of the other elements, the swizzle turns single bits of the address
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int lower = i / 2 % 2, odd = i % 2, k = 16 * step + odd + i / 4 * 8;
+        x[i] = load(stage + k * kRowBytes + (corner ^ (lower * 2 * kUnitBytes) ^ (odd * kUnitBytes)));
+      }
+    } else {
+      const uint32_t address = stage + step * (kBytesA / kSteps) + corner;
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(x[0]), "=f"(x[1]), "=f"(x[4]), "=f"(x[5])
+                   : "r"(address)
+                   : "memory");
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(x[2]), "=f"(x[3]), "=f"(x[6]), "=f"(x[7])
+                   : "r"(address + 8 * 64)
+                   : "memory");
+    }
+  }
+  static __device__ __forceinline__ void split(Fragment& f, const float (&x)[8]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const SplitPair s = split_pair(x[2 * i], x[2 * i + 1]);
+      f.high[i] = s.high, f.middle[i] = s.middle, f.low[i] = s.low;
+    }
+  }
+  // The five small products, smallest first.
+  static __device__ __forceinline__ void small_products(float (&d)[kAccumulators], const Fragment& f, uint32_t b,
+                                                        int accumulate) {
+    constexpr int kNext = kPlane >> 4;
+    wgmma_bf16(d, f.low, b, accumulate);
+    wgmma_bf16(d, f.high, b + 2 * kNext, 1);
+    wgmma_bf16(d, f.middle, b + kNext, 1);
+    wgmma_bf16(d, f.middle, b, 1);
+    wgmma_bf16(d, f.high, b + kNext, 1);
+  }
+
+  // The sums so far of 64 rows from (m, n) on: `add` what waits in the result's memory, and `put` them there, to begin again
+  // from zero. They wait in any order, each where the same thread finds it: a warp fills 16 rows, one at a time.
+  static __device__ __forceinline__ void carry(const Params& p, float (&acc)[kAccumulators], int m, int n, int thread,
+                                               bool add, bool put) {
+    asm volatile("" : "+r"(m), "+r"(n));  // or every address below would be kept in registers through the products
+    const int lane = thread % kWarp, warp = thread / kWarp;
+    if (m + kInstructionM <= p.rows && n + kBlockN <= p.columns) {
+      float* const place = p.out + (m + 16 * warp) * p.out_row + n + 4 * lane;
+      constexpr int kTogether = 4;
+#pragma unroll
+      for (int i = 0; i < kAccumulators / 4; i += kTogether) {
+        if (add) {
+          float4 before[kTogether];
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) before[j] = load_waiting(place + (i + j) * p.out_row);
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) {
+            float* const x = acc + 4 * (i + j);
+            x[0] += before[j].x, x[1] += before[j].y, x[2] += before[j].z, x[3] += before[j].w;
+          }
+        }
+        if (put) {
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) {
+            float* const x = acc + 4 * (i + j);
+            store_waiting(place + (i + j) * p.out_row, x[0], x[1], x[2], x[3]);
+            x[0] = x[1] = x[2] = x[3] = 0.f;
+          }
+        }
+      }
+      return;
+    }
+    // At the edge each number waits in its own place.
+    const int row = m + 16 * warp + lane / 4, column = n + 2 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < kAccumulators; i += 2) {
+      const int r = row + i / 2 % 2 * 8, c = column + i / 4 * 8;
+      if (r >= p.rows || c >= p.columns) continue;
+      float* const place = p.out + r * p.out_row + c;
+      if (add) {
+        const float2 before = load_result(place);
+        acc[i] += before.x, acc[i + 1] += before.y;
+      }
+      if (put) {
+        store_result(place, acc[i], acc[i + 1]);
+        acc[i] = acc[i + 1] = 0.f;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void consume(const Params& p, Pipeline& ring, uint32_t shared,
+                                                 float (&acc)[HALVES][kAccumulators], int m, int n, int blocks,
+                                                 int warpgroup, int thread, bool) {
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) acc[half][i] = 0.f;
+    // Where several pieces are needed, neighbouring tiles begin with a piece of another length, so that not all blocks are at
+    // the result's memory at once.
+    constexpr int kOuter = OUTER / kBlockK;
+    const int first = blocks <= kOuter ? blocks : kOuter / 4 * (1 + (m / kBlockM + n / kBlockN) % 4);
+    for (int done = 0, piece = first; done < blocks; done += piece, piece = kOuter) {
+      const int next = min(done + piece, blocks);
+      accumulate(ring, shared, acc, next - done, warpgroup, thread);
+      if (first == blocks) return;
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half)
+        carry(p, acc[half], m + row(warpgroup, half), n, thread, done > 0, next < blocks);
+    }
+    fence_async_proxy_global();
+  }
+
+  // acc += the products of `blocks` blocks of K.
+  static __device__ __forceinline__ void accumulate(Pipeline& ring, uint32_t shared, float (&acc)[HALVES][kAccumulators],
+                                                    int blocks, int warpgroup, int thread) {
+    float sum[kAccumulators];
+    const uint32_t planes = uint32_t(matrix_descriptor_64(shared + kPlanes));
+    const int lane = thread % kWarp;
+    uint32_t mine = corner(warpgroup, thread);
+    asm volatile("" : "+r"(mine));  // or it is computed again at every turn
+    for (int k = 0; k < blocks; ++k) {
+      const uint32_t b = planes + ring.b.stage() * (kBytesB >> 4);
+      const bool first = k % (INTERVAL / kBlockK) == 0, last = (k + 1) % (INTERVAL / kBlockK) == 0 || k + 1 == blocks;
+      ring.b.wait_filled();
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        const uint32_t stage = shared + ring.a.stage() * kBytesA;
+        float x[8], y[8];
+        Fragment f, g;
+        ring.a.wait_filled();
+        load_a(x, stage, mine, 0);
+        split(f, x);
+        wgmma_pin(sum);
+        wgmma_fence();
+        small_products(sum, f, b, !first);
+        wgmma_commit();
+        load_a(y, stage, mine, 1);  // and split while the tensor cores work
+        ring.a.release_by_warp(lane);
+        ring.a.advance();
+        split(g, y);
+        wgmma_fence();
+        small_products(sum, g, b + (kInstructionBytes >> 4), 1);
+        wgmma_bf16(sum, f.high, b, 1);
+        wgmma_bf16(sum, g.high, b + (kInstructionBytes >> 4), 1);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_pin(sum);
+        if (half == HALVES - 1) {
+          ring.b.release_by_warp(lane);
+          ring.b.advance();
+        }
+        if (INTERVAL == kBlockK || last) {
+#pragma unroll
+          for (int i = 0; i < kAccumulators; ++i) acc[half][i] += sum[i];
+        }
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ float4 load_waiting(const float* place) {
+    float4 x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(place)
+                 : "memory");
+    return x;
+  }
+  static __device__ __forceinline__ void store_waiting(float* place, float x, float y, float z, float w) {
+    asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(place), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+  }
+  static __device__ __forceinline__ float load(uint32_t address) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+    return x;
+  }
+  static __device__ __forceinline__ void store(uint32_t address, uint32_t x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+  }
+  static __device__ __forceinline__ void store4(uint32_t address, const uint32_t (&x)[4]) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+  }
+};
+
+}  // namespace fxfuse::hopper
