@@ -161,15 +161,15 @@ def sweep(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list[st
 
 
 def _product(cases: dict[CaseKey, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
-    """What stands behind the product beside the library's product alone (three of them with the backward), GPU time."""
+    """What stands behind the product beside the library's product alone (three of them with the backward)."""
     headings = ["workload", "shape", "precision", "mode", "the bare product", "eager", "fxfuse", "of the product"]
     lines = []
     for (workload, shape, precision, mode), rivals in cases.items():
-        bare, ours = _value(rivals.get("product"), "gpu_ms"), _value(rivals.get("fxfuse"), "gpu_ms")
+        bare, ours = _value(rivals.get("product"), "median_ms"), _value(rivals.get("fxfuse"), "median_ms")
         if bare is None:
             continue
         title = WORKLOADS[workload].title if workload in WORKLOADS else workload
-        eager = milliseconds(_value(rivals.get("eager"), "gpu_ms"))
+        eager = _time(rivals.get("eager"))
         lines.append([title, format_shape(shape), precision, mode, milliseconds(bare), eager, milliseconds(ours),
                       ratio(ours / bare if ours else None)])  # fmt: skip
     return headings, lines
@@ -198,7 +198,7 @@ def markdown(document: Document, name: str, options: dict[str, str]) -> str:
         return _provenance(_left_and_right(held["headings"], held["lines"], left=1), document, name)
     if view not in VIEWS:
         raise ValueError(f"bench:{name}: there is no view {view!r}; {', '.join(VIEWS)} exist")
-    rows = document["results"]
+    rows = [row for row in document["results"] if row["status"] != "skipped"]  # the budget was spent before they came
     for key, wanted in options.items():
         if key not in ("workload", "precision", "mode", "rival"):
             raise ValueError(f"bench:{name}: unknown option {key!r}; workload, precision, mode, rival, view exist")
