@@ -223,24 +223,20 @@ __global__ void __launch_bounds__(THREADS, 1) ring_kernel(DistillArgs a, RingPla
     }
 
     mbarrier_wait_cluster(&told[set], told_parity);
-    // Every warp joins the blocks' states alike. In double where more than gradients of the student hang on them.
-    RowState whole, precise;
-    const auto join_blocks = [&](auto lanes) {
-      constexpr int kLanes = decltype(lanes)::value;
-      if (lane % kLanes < cluster) whole = block_states[set][lane % kLanes];
-      precise = whole;
-      if constexpr (KEEP) {
-        whole.join_lanes_in_float<T, kLanes>(a.scales);
-        if (counts_loss) precise.join_lanes<T, kLanes>(a.scales, false);
-      } else {
-        whole.join_lanes<T, kLanes>(a.scales, teacher_grads);
-        precise = whole;
-      }
+    // Every warp joins the blocks' states alike: in double where more than gradients of the student hang on them.
+    const auto joined = [&](auto precise) {
+      RowState whole;
+      const auto join = [&](auto lanes) {
+        constexpr int kLanes = decltype(lanes)::value;
+        if (lane % kLanes < cluster) whole = block_states[set][lane % kLanes];
+        if constexpr (decltype(precise)::value) whole.join_lanes<T, kLanes>(a.scales, teacher_grads);
+        else whole.join_lanes_in_float<T, kLanes>(a.scales);
+      };
+      if (cluster > 8) join(std::integral_constant<int, 16>{});
+      else join(std::integral_constant<int, 8>{});
+      return whole;
     };
-    if (cluster > 8) join_blocks(std::integral_constant<int, 16>{});
-    else join_blocks(std::integral_constant<int, 8>{});
-    told_parity ^= set;
-    set ^= 1;
+    const RowState whole = joined(std::bool_constant<!KEEP>{});
 
     // The rows that the sums cannot vouch for are noted, a share of them by each block, and done at the end.
     const bool plain = whole.plain<T>(a.scales, in.g, teacher_grads);
@@ -248,27 +244,30 @@ __global__ void __launch_bounds__(THREADS, 1) ring_kernel(DistillArgs a, RingPla
       a.row_states[row].mt = plain ? 0.f : 1.f;
       if (!plain) unusual = 1;
     }
-    if (!plain) continue;
-    if (counts_loss) losses.push(precise);
-    RowGrads r;
-    r.prepare<T, LOG_TARGET>(whole, a.scales, in, teacher_grads);
-    const int64_t at = row_at + shape.head + (slice_first + threadIdx.x) * N;
-    if constexpr (KEEP) {
-      const float kept_a = r.a_s * exp2_fast(a.scales.s.shift<T>(kept_ms, r.ms));
-      const float kept_b = r.b_s * exp2_fast(a.scales.t.shift<T>(kept_mt, r.mt));
+    if (plain) {
+      RowGrads r;
+      r.prepare<T, LOG_TARGET>(whole, a.scales, in, teacher_grads);
+      const int64_t at = row_at + shape.head + (slice_first + threadIdx.x) * N;
+      if constexpr (KEEP) {
+        const float kept_a = r.a_s * exp2_fast(a.scales.s.shift<T>(kept_ms, r.ms));
+        const float kept_b = r.b_s * exp2_fast(a.scales.t.shift<T>(kept_mt, r.mt));
 #pragma unroll
-      for (int p = 0; p < CHUNKS * PACKS; ++p)
-        if (has(p)) r.write_kept(s[p], t[p], kept_a, kept_b, grad_student + at + p * THREADS * N);
-    } else {
+        for (int p = 0; p < CHUNKS * PACKS; ++p)
+          if (has(p)) r.write_kept(s[p], t[p], kept_a, kept_b, grad_student + at + p * THREADS * N);
+      } else {
 #pragma unroll
-      for (int p = 0; p < CHUNKS * PACKS; ++p)
-        if (has(p))
-          r.write(s[p], t[p], grad_student != nullptr ? grad_student + at + p * THREADS * N : nullptr,
-                  grad_teacher != nullptr ? grad_teacher + at + p * THREADS * N : nullptr, true);
+        for (int p = 0; p < CHUNKS * PACKS; ++p)
+          if (has(p))
+            r.write(s[p], t[p], grad_student != nullptr ? grad_student + at + p * THREADS * N : nullptr,
+                    grad_teacher != nullptr ? grad_teacher + at + p * THREADS * N : nullptr, true);
+      }
+      if (edge >= 0)
+        r.write_one(edge_s, edge_t, grad_student != nullptr ? grad_student + row_at + edge : nullptr,
+                    grad_teacher != nullptr ? grad_teacher + row_at + edge : nullptr);
+      if (counts_loss) losses.push(joined(std::true_type{}));  // the registers of the row are free by now
     }
-    if (edge >= 0)
-      r.write_one(edge_s, edge_t, grad_student != nullptr ? grad_student + row_at + edge : nullptr,
-                  grad_teacher != nullptr ? grad_teacher + row_at + edge : nullptr);
+    told_parity ^= set;
+    set ^= 1;
   }
   __syncthreads();
   double loss = counts_loss ? losses.total() : 0;

@@ -10,7 +10,6 @@
 // time, and comes back to the long one for any pack that holds a negative, infinite, NaN or vanishing number.
 #include "finish.cuh"
 #include "kl_div_ring.cuh"
-#include "pdl.cuh"
 
 namespace {
 
@@ -172,17 +171,13 @@ int launch(const KlDivArgs& a, double factor, const DeviceProps& props, cudaStre
   return 0;
 }
 
-// The gradient of an input whose logarithm is taken: the ring, where there is enough to fill it.
-constexpr int kRingBlocks = 6, kRingSlots = 4;
+// From this size on there is enough to fill the rings.
 constexpr int64_t kRingBytes = 8 << 20;
 
 template <typename T>
 int launch_ring(const KlDivArgs& a, double factor, const DeviceProps& props, cudaStream_t stream) {
-  constexpr auto kKernel = kl_div_ring_kernel<T, true, kThreads, kRingBlocks, 1, kRingSlots>;
-  constexpr int kBytes = kRingSlots * 2 * kThreads * 16;
-  FXFUSE_CHECK(prepare_shared_memory<kKernel>(kBytes));
-  const int blocks = props.sm_count * kRingBlocks < kMaxPartials ? props.sm_count * kRingBlocks : kMaxPartials;
-  kKernel<<<blocks, kThreads, kBytes, stream>>>(a);
+  const int most = props.sm_count * kKlRingBlocks, blocks = most < kMaxPartials ? most : kMaxPartials;
+  kl_div_ring_kernel<T><<<blocks, kKlRingThreads, 0, stream>>>(a);
   FXFUSE_CHECK_LAUNCH();
   FXFUSE_CHECK(finish<T>(a.partial, blocks, factor, 1.0, a.out, stream));
   return 0;

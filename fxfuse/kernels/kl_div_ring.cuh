@@ -10,13 +10,19 @@
 
 namespace fxfuse {
 
-template <typename T, bool LOG_INPUT, int THREADS, int BLOCKS, int PACKS, int SLOTS>
-__global__ void __launch_bounds__(THREADS, BLOCKS) kl_div_ring_kernel(KlDivArgs a) {
+// Many warps and short rings: more on its way than this makes reads and writes disturb each other in memory.
+constexpr int kKlRingThreads = 256;
+constexpr int kKlRingBlocks = 6;  // an SM
+constexpr int kKlRingSlots = 2;
+
+// The gradient of an input whose logarithm is taken, for an incoming gradient of 1. A chunk is one pack a thread.
+template <typename T>
+__global__ void __launch_bounds__(kKlRingThreads, kKlRingBlocks) kl_div_ring_kernel(KlDivArgs a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr int N = Pack<T>::N, kWarps = THREADS / kWarp, kPacks = THREADS * PACKS, kChunk = kPacks * N;
-  extern __shared__ __align__(128) uint4 ring[];  // SLOTS of kPacks of the input, then of the target
-  __shared__ alignas(8) uint64_t landed[SLOTS];
-  __shared__ int takers[SLOTS];
+  constexpr int N = Pack<T>::N, kThreads = kKlRingThreads, kWarps = kThreads / kWarp, kChunk = kThreads * N;
+  __shared__ __align__(128) Pack<T> ring[kKlRingSlots][2][kThreads];  // of the input, of the target
+  __shared__ alignas(8) uint64_t landed[kKlRingSlots];
+  __shared__ int takers[kKlRingSlots];
   __shared__ double shared[kWarps];
   const T* const input = static_cast<const T*>(a.input);
   const T* const target = static_cast<const T*>(a.target);
@@ -24,17 +30,17 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) kl_div_ring_kernel(KlDivArgs 
   const float g = range_as<T>(a.factor);
   const int64_t chunks = a.n / kChunk;
   const auto fill = [&](int slot, int64_t chunk) {
-    mbarrier_expect(&landed[slot], 2 * kPacks * 16);
-    bulk_load(ring + slot * 2 * kPacks, input + chunk * kChunk, kPacks * 16, &landed[slot]);
-    bulk_load(ring + slot * 2 * kPacks + kPacks, target + chunk * kChunk, kPacks * 16, &landed[slot]);
+    mbarrier_expect(&landed[slot], int(sizeof(ring[slot])));
+    bulk_load(ring[slot][0], input + chunk * kChunk, int(sizeof(ring[slot][0])), &landed[slot]);
+    bulk_load(ring[slot][1], target + chunk * kChunk, int(sizeof(ring[slot][1])), &landed[slot]);
   };
   if (threadIdx.x == 0) {
-    for (int i = 0; i < SLOTS; ++i) {
+    for (int i = 0; i < kKlRingSlots; ++i) {
       mbarrier_init(&landed[i], 1);
       takers[i] = 0;
     }
     mbarrier_init_fence();
-    for (int i = 0; i < SLOTS; ++i)
+    for (int i = 0; i < kKlRingSlots; ++i)
       if (blockIdx.x + int64_t(i) * gridDim.x < chunks) fill(i, blockIdx.x + int64_t(i) * gridDim.x);
   }
   __syncthreads();
@@ -42,42 +48,32 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) kl_div_ring_kernel(KlDivArgs 
   double sum = 0;
   int slot = 0, parity = 0;
   for (int64_t c = blockIdx.x; c < chunks; c += gridDim.x) {
-    Pack<T> x[PACKS], t[PACKS];
     mbarrier_wait(&landed[slot], parity);
-    const Pack<T>* const from = reinterpret_cast<const Pack<T>*>(ring + slot * 2 * kPacks);
-#pragma unroll
-    for (int p = 0; p < PACKS; ++p) {
-      x[p] = from[p * THREADS + threadIdx.x];
-      t[p] = from[kPacks + p * THREADS + threadIdx.x];
-    }
+    Pack<T> x = ring[slot][0][threadIdx.x], t = ring[slot][1][threadIdx.x], grad;
     __syncwarp();  // in registers
-    const int64_t next = c + int64_t(SLOTS) * gridDim.x;
+    const int64_t next = c + int64_t(kKlRingSlots) * gridDim.x;
     if (threadIdx.x % kWarp == 0 && last_to_take(&takers[slot], kWarps) && next < chunks) fill(slot, next);
-    if (++slot == SLOTS) {
+    if (++slot == kKlRingSlots) {
       slot = 0;
       parity ^= 1;
     }
-    float part = 0;
-#pragma unroll
-    for (int p = 0; p < PACKS; ++p) {
-      float loss;
-      Pack<T> grad;
-      if (kl_div_fast<T, LOG_INPUT, true>(x[p], t[p], g, loss, grad)) x[p] = grad;
-      else loss = long_road_grads<T, LOG_INPUT>(x[p], t[p], g);
-      part += loss;
-      st_stream(grad_input + c * kChunk + (p * THREADS + threadIdx.x) * N, x[p]);
+    float loss;
+    if (!kl_div_fast<T, true, true>(x, t, g, loss, grad)) {
+      loss = long_road_grads<T, true>(x, t, g);
+      grad = x;
     }
-    sum += double(part);
+    st_stream(grad_input + c * kChunk + threadIdx.x * N, grad);
+    sum += double(loss);
   }
 
   // Less than a chunk is left: one element a thread, spread over the grid.
-  for (int64_t i = chunks * kChunk + int64_t(blockIdx.x) * THREADS + threadIdx.x; i < a.n;
-       i += int64_t(gridDim.x) * THREADS) {
-    const Point r = point<T, false, LOG_INPUT>(ld_one(input + i), ld_one(target + i), g);
+  for (int64_t i = chunks * kChunk + int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.n;
+       i += int64_t(gridDim.x) * kThreads) {
+    const Point r = point<T, false, true>(ld_one(input + i), ld_one(target + i), g);
     sum += double(r.loss);
     st_one(grad_input + i, r.grad_input);
   }
-  sum = block_sum<THREADS>(sum, shared);
+  sum = block_sum<kThreads>(sum, shared);
   if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
 #endif
 }

@@ -114,6 +114,60 @@ def test_kl_div_inf_and_nan_are_eagers(dtype: torch.dtype, log_target: bool, log
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kl_div_with_a_log_of_many_elements(dtype: torch.dtype) -> None:
+    """Enough for the road of large tensors, not a whole number of chunks; then special numbers all over it."""
+
+    def ours(x: Tensor) -> Tensor:
+        return kl_div(x, t, "batchmean", False, True)
+
+    def eager(x: Tensor) -> Tensor:
+        return eager_kl(x, t.to(x.dtype), "batchmean", False, True)
+
+    x, t = distributions(601, 7001, dtype=dtype)
+    check([(with_grads(ours, x), with_grads(eager, x), with_grads(eager, x.double()))])
+    special = torch.tensor([0.0, -0.0, -1.0, INF, -INF, NAN, 1e-40, 3e38], device="cuda").to(dtype)
+    for other, step in ((x, 1013), (t, 2039)):
+        some = other.view(-1)[::step]
+        some.copy_(special.repeat(len(some) // 8 + 1)[: len(some)])
+    for one, peer in zip(with_grads(ours, x), with_grads(eager, x), strict=True):
+        assert torch.equal(one.isnan(), peer.isnan()) and torch.equal(one.isinf(), peer.isinf())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [20001, 32000, 151936])
+def test_many_long_rows_some_of_them_unusual(dtype: torch.dtype, vocab: int) -> None:
+    """More rows than run at a time; a row that is done as eager does it leaves those around it alone."""
+    s, t = (torch.randn(300, vocab, device="cuda").mul_(2).to(dtype) for _ in range(2))
+    s[::7, 5], t[3::50, -1] = -INF, INF
+
+    def ours(s: Tensor) -> Tensor:
+        return distillation_kl(s, t, -1, 2.0, 2.0, 4.0, "sum")
+
+    def eager(s: Tensor) -> Tensor:
+        return eager_distillation(s, t.to(s.dtype), 2.0, 2.0, "sum", False)
+
+    check([(with_grads(ours, s), with_grads(eager, s), with_grads(eager, s.double()))])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("log_target", [False, True])
+def test_a_certain_teacher_and_an_infinite_scale(dtype: torch.dtype, log_target: bool) -> None:
+    """Teacher gradients where one class has all the probability; gradients that float16 cannot hold."""
+    draws = []
+    for shape in ((65, 512), (4, 32000)) * 4:
+        s, t = torch.randn(2, *shape, device="cuda").mul(3).to(dtype)
+        cold = [with_grads(lambda s, t: eager_distillation(s, t, 1e-2, 1e-2, "mean", log_target), *pair)
+                for pair in ((s, t), (s.double(), t.double()))]  # fmt: skip
+        mine = with_grads(lambda s, t: distillation_kl(s, t, -1, 1e-2, 1e-2, 1e-4, "mean", log_target), s, t)
+        draws.append((mine[2:], cold[0][2:], cold[1][2:]))
+        ours = with_grads(lambda s, t: distillation_kl(s, t, -1, 1e3, 1e3, 1e6, "sum", log_target), s, t)
+        eager = with_grads(lambda s, t: eager_distillation(s, t, 1e3, 1e3, "sum", log_target), s, t)
+        for one, peer in zip(ours[1:], eager[1:], strict=True):
+            assert torch.equal(one.isnan(), peer.isnan()) and torch.equal(one.isinf(), peer.isinf())
+    check(draws)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("log_target", [False, True])
 def test_distillation(dtype: torch.dtype, shape: tuple[int, int], log_target: bool) -> None:
