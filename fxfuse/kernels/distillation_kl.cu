@@ -11,7 +11,6 @@
 #include "distillation_ring.cuh"
 #include "distillation_stream.cuh"
 #include "finish.cuh"
-#include "pdl.cuh"
 
 #include <atomic>
 
@@ -165,7 +164,8 @@ cudaError_t ring_clusters(int device, int size, int smem_bytes, int* clusters) {
   static std::atomic<int> known[kMaxDevices][kRingMostCluster + 1];
   std::atomic<int>& slot = known[device][size];
   if (slot.load(std::memory_order_relaxed) == 0) {
-    cudaError_t error = prepare_shared_memory<KERNEL>(smem_bytes);
+    // No more shared memory than that: what is left is the L1 that spilled registers need.
+    cudaError_t error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
     if (error == cudaSuccess) error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
