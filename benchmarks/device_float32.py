@@ -1,8 +1,8 @@
 """Float32 products on the tensor cores: time against the library's in the same run, error against float64.
 
 Run on an H100 or H200: ``python benchmarks/device_float32.py [--library FILE.so] [--sweep] [--out FILE.json]``.
-Without --library it compiles ``float32_variants.cu`` with nvcc into a temporary folder. Writes JSON to --out, or to
-$OUT/float32.json where $OUT is set.
+Without --library it compiles ``float32_variants.cu`` with nvcc into a temporary folder. JSON goes to --out, or to
+$OUT/float32.json where $OUT is set. ``--plot FILE.json PICTURE.svg`` draws error by interval from it, anywhere.
 """
 
 # Every lambda here runs before its loop goes on.
@@ -118,7 +118,28 @@ def errors(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor) -> tuple[f
     return float(difference.norm() / want.norm()), float((difference / size).max()) * 2**24
 
 
+def plot(measured: str, picture: str) -> None:
+    """Error against interval, the library's as a line."""
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "float32"
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    lengths = [min(length, 8192) for length in INTERVALS.values()]
+    for row, colour in zip(json.loads(Path(measured).read_text())["intervals"], ("C0", "C1"), strict=True):
+        name, sgemm, *by_interval, whole = row
+        axes.plot(lengths, [float(e) for e in by_interval], "o-", color=colour, label=name)
+        axes.axhline(float(sgemm), color=colour, ls="--", lw=1, label=f"{name}: SGEMM")
+        axes.plot([32], [float(whole)], "*", color=colour, ms=11, label=f"{name}: 32, outer sums every 2048")
+    axes.set(xscale="log", yscale="log", xlabel="products added in the tensor core (K)", ylabel="norm-wise error")
+    axes.set_xticks(lengths, [*map(str, lengths[:-1]), "all 8192"])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    figure.savefig(picture, metadata={"Date": None})
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--plot"]:
+        return plot(*sys.argv[2:])
     parser = argparse.ArgumentParser()
     parser.add_argument("--library")
     parser.add_argument("--sweep", action="store_true", help="where the kernel pays, by size")

@@ -113,7 +113,7 @@ def road(
     scale: float,
 ) -> Road:
     if x.is_cuda and activation in ACTIVATIONS and _kernels_fit(x, weight, bias):
-        return KERNEL
+        return KERNEL_FLOAT32 if gemm.float32_on_tensor_cores(x) else KERNEL
     if activation not in ACTIVATIONS:
         return Road("composed", f"unknown activation {activation!r}")
     if not floating(x, weight, bias) or not together(x, weight, bias):
@@ -140,6 +140,7 @@ def _kernels_fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 KERNEL = Road(
     "kernel", "bias, activation and factors in the product's epilogue on Hopper; elsewhere, in one pass after it"
 )
+KERNEL_FLOAT32 = Road("kernel", f"{KERNEL.why}; {gemm.FLOAT32}")
 CLOSED = Road("closed", "ATen's product; activation and factors in place")
 
 

@@ -103,7 +103,7 @@ def road(
 ) -> Road:
     tensors = (x, weight, bias, scale, divisor, bn_weight, bn_bias, running_mean, running_var)
     if x.is_cuda and _kernels_fit(tensors, training, eps):
-        return KERNEL
+        return KERNEL_FLOAT32 if gemm.float32_on_tensor_cores(x) else KERNEL
     if not floating(*tensors) or not together(*tensors):
         return Road("composed", "not floating-point tensors of one device")
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
@@ -131,6 +131,7 @@ KERNEL = Road(
     "kernel",
     "scale and BatchNorm in the product's epilogue on Hopper where that pays, else in one or two passes after it",
 )
+KERNEL_FLOAT32 = Road("kernel", f"{KERNEL.why}; {gemm.FLOAT32}")
 CLOSED = Road("closed", "ATen's product, then one multiply-add in place")
 
 
