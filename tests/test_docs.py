@@ -14,6 +14,7 @@ import pytest
 
 from fxfuse import pattern as patterns
 from fxfuse.bench import tables
+from fxfuse.bench.limits import PRECISION_DTYPE
 from fxfuse.bench.workloads import WORKLOADS
 from fxfuse.kernels import build
 
@@ -164,6 +165,7 @@ def test_places_for_numbers_are_well_formed(page: Path) -> None:
             continue
         assert options.pop("view", "summary") in {*tables.VIEWS, "compiler"}
         assert WORKLOADS.keys() >= set(options.pop("workload", "kl_div").split(","))
+        assert PRECISION_DTYPE.keys() >= {options.pop("precision", "fp32")}
         assert not options
 
 
