@@ -1,8 +1,8 @@
 """Float32 products on the tensor cores: time against the library's in the same run, error against float64.
 
 Run on an H100 or H200: ``python benchmarks/device_float32.py [--library FILE.so] [--sweep] [--out FILE.json]``.
-Without --library it compiles ``float32_variants.cu`` with nvcc into a temporary folder. JSON goes to --out, or to
-$OUT/float32.json where $OUT is set. ``--plot FILE.json PICTURE.svg`` draws error by interval from it, anywhere.
+Without --library it compiles ``float32_variants.cu`` with nvcc into a temporary folder. The tables go to --out as JSON.
+``--plot FILE.json PICTURE.svg`` draws error by interval from it, anywhere.
 """
 
 # Every lambda here runs before its loop goes on.
@@ -12,18 +12,19 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
+
+from fxfuse.bench import record
 
 HERE = Path(__file__).resolve().parent
 SHAPES = [(1024, 8192, 8192), (16384, 4096, 4096), (8192, 8192, 8192)]
@@ -118,6 +119,34 @@ def errors(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor) -> tuple[f
     return float(difference.norm() / want.norm()), float((difference / size).max()) * 2**24
 
 
+# --- the tables, as the page has them --------------------------------------------------------------------------------
+
+COMMAND = "python benchmarks/device_float32.py --sweep --out benchmarks/device_float32.json"
+TIMES = ("M×N×K", "product", "SGEMM ms", "ours ms", "ratio", "TFLOP/s")
+ERRORS = ("inputs", "K", "SGEMM", "ours", "ratio", "SGEMM, worst element", "ours, worst element")
+BY_INTERVAL = ("inputs", "SGEMM", *(str(i) if i < 1 << 20 else "all of K" for i in INTERVALS.values()), "32, then 2048")
+SIZES = ("M×N×K", "SGEMM µs", "256-row µs", "128-row µs", "ratio")
+
+
+def time_line(shape: str, product: str, sgemm: float, ours: float, rate: float) -> list[str]:
+    return [shape, product, f"{sgemm:.3f}", f"{ours:.3f}", f"{sgemm / ours:.2f}", f"{rate:.0f}"]
+
+
+def error_line(kind: str, k: int, sgemm: float, ours: float, worst_sgemm: float, worst_ours: float) -> list[str]:
+    ratio = f"{ours / sgemm:.2f}"
+    return [kind, str(k), f"{sgemm:.1e}", f"{ours:.1e}", ratio, f"{worst_sgemm:.1f}", f"{worst_ours:.1f}"]
+
+
+def sweep_line(m: int, n: int, k: int, sgemm: float, tall: float, low: float, ratio: float) -> list[str]:
+    return [f"{m}×{n}×{k}", f"{sgemm:.1f}", f"{tall:.1f}", f"{low:.1f}", f"{ratio:.2f}"]
+
+
+def shown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> record.Table:
+    """Printed, and as it is kept."""
+    print(tabulate(lines, headings, disable_numparse=True), flush=True)
+    return record.table(headings, lines)
+
+
 def plot(measured: str, picture: str) -> None:
     """Error against interval, the library's as a line."""
     from matplotlib import pyplot
@@ -125,7 +154,8 @@ def plot(measured: str, picture: str) -> None:
     pyplot.rcParams["svg.hashsalt"] = "float32"
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     lengths = [min(length, 8192) for length in INTERVALS.values()]
-    for row, colour in zip(json.loads(Path(measured).read_text())["intervals"], ("C0", "C1"), strict=True):
+    lines = json.loads(Path(measured).read_text())["tables"]["intervals"]["lines"]
+    for row, colour in zip(lines, ("C0", "C1"), strict=True):
         name, sgemm, *by_interval, whole = row
         axes.plot(lengths, [float(e) for e in by_interval], "o-", color=colour, label=name)
         axes.axhline(float(sgemm), color=colour, ls="--", lw=1, label=f"{name}: SGEMM")
@@ -143,12 +173,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--library")
     parser.add_argument("--sweep", action="store_true", help="where the kernel pays, by size")
-    parser.add_argument("--out", default=f"{os.environ['OUT']}/float32.json" if os.environ.get("OUT") else None)
+    parser.add_argument("--out", type=Path, help="write the tables there")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
     kernel = Variants(args.library or build())
-    record: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    tables: dict[str, record.Table] = {}
 
     rows = []
     for m, n, k in SHAPES:
@@ -158,10 +188,9 @@ def main() -> None:
             out = torch.empty(rows_, columns, device="cuda")
             found = times({"sgemm": lambda: torch.matmul(a, b), "ours": lambda: kernel(variant, a, b, out)}, 12)
             rate = 2e-9 * m * n * k / found["ours"]
-            rows.append([f"{m}×{n}×{k}", name, found["sgemm"], found["ours"], found["sgemm"] / found["ours"], rate])
+            rows.append(time_line(f"{m}×{n}×{k}", name, found["sgemm"], found["ours"], rate))
         time.sleep(0.1)
-    print(tabulate(rows, ("M×N×K", "product", "SGEMM ms", "ours ms", "ratio", "TFLOP/s"), floatfmt=".3f"), flush=True)
-    record["times"] = rows
+    tables["times"] = shown(TIMES, rows)
 
     rows = []
     for kind in ("random", "positive", "2^±20", "cancelling"):
@@ -171,10 +200,8 @@ def main() -> None:
             want, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
             out = torch.full((m, n), float("nan"), device="cuda")
             sgemm, ours = errors(torch.matmul(a, b), want, size), errors(kernel(FORWARD, a, b, out), want, size)
-            rows.append([kind, k, *(f"{x:.2e}" for x in (sgemm[0], ours[0])), ours[0] / sgemm[0], sgemm[1], ours[1]])
-    headers = ("inputs", "K", "SGEMM norm", "ours norm", "ratio", "SGEMM worst /2^-24", "ours worst /2^-24")
-    print(tabulate(rows, headers, floatfmt=".2f"), flush=True)
-    record["errors"] = rows
+            rows.append(error_line(kind, k, sgemm[0], ours[0], sgemm[1], ours[1]))
+    tables["errors"] = shown(ERRORS, rows)
 
     rows = []
     for kind in ("random", "positive"):
@@ -185,9 +212,7 @@ def main() -> None:
         measured = [errors(kernel(variant, a, b, out), want, size)[0] for variant in INTERVALS]
         whole = errors(kernel(FORWARD, a, b, out), want, size)[0]
         rows.append([kind, *(f"{x:.1e}" for x in (errors(torch.matmul(a, b), want, size)[0], *measured, whole))])
-    headers = ("inputs", "SGEMM", *(str(i) if i < 1 << 20 else "all of K" for i in INTERVALS.values()), "32, then 2048")
-    print(tabulate(rows, headers), flush=True)
-    record["intervals"] = rows
+    tables["intervals"] = shown(BY_INTERVAL, rows)
 
     if args.sweep:
         rows = []
@@ -198,13 +223,11 @@ def main() -> None:
             calls |= {"256": lambda: kernel(0, a, b, out), "128": lambda: kernel(3, a, b, out)}
             found = times(calls, 10)
             best = min(found["256"], found["128"])
-            rows.append([m, n, k, *(1e3 * found[name] for name in calls), found["sgemm"] / best])
-        print(tabulate(rows, ("M", "N", "K", "SGEMM µs", "256-row µs", "128-row µs", "ratio"), floatfmt=".2f"))
-        record["sweep"] = rows
+            rows.append(sweep_line(m, n, k, *(1e3 * found[name] for name in calls), found["sgemm"] / best))
+        tables["sweep"] = shown(SIZES, rows)
 
     if args.out:
-        Path(args.out).write_text(json.dumps(record, indent=1))
-        print(f"wrote {args.out}", file=sys.stderr)
+        record.write(args.out, COMMAND, tables, torch.device("cuda"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from fxfuse import expression as _expression
 from fxfuse import match as _match
 from fxfuse.guards import Guard
 
@@ -82,7 +83,7 @@ class Pattern:
         if not callable(self.op):
             raise TypeError(f"pattern '{self.name}': op must be callable, not {type(self.op).__name__}")
         try:
-            _match.heads(self.expression)
+            _expression.heads(self.expression)
         except ValueError as error:
             raise ValueError(f"pattern '{self.name}': {error}") from None
         for guard in self.guards:
@@ -92,12 +93,12 @@ class Pattern:
     @property
     def heads(self) -> frozenset[str]:
         """Operations a node must have to be tried as this pattern's outermost one."""
-        return _match.heads(self.expression)
+        return _expression.heads(self.expression)
 
     @property
     def variables(self) -> frozenset[str]:
         """The names the expression binds."""
-        return _match.names(self.expression)
+        return _expression.names(self.expression)
 
 
 _registered: dict[str, Pattern] = {}
