@@ -15,9 +15,9 @@ from fxfuse.bench.run import save
 Table = dict[str, Any]
 
 
-def table(headings: Sequence[str], lines: Sequence[Sequence[object]]) -> Table:
-    """One table; what stands in it is text already."""
-    return {"headings": list(headings), "lines": [[str(cell) for cell in line] for line in lines]}
+def table(headings: Sequence[str], lines: Sequence[Sequence[object]], left: int = 1) -> Table:
+    """One table; what stands in it is text already, and aligned as text in the first `left` columns."""
+    return {"headings": list(headings), "lines": [[str(cell) for cell in line] for line in lines], "left": left}
 
 
 def write(path: Path, command: str, tables: dict[str, Table], device: torch.device) -> None:

@@ -195,7 +195,7 @@ def markdown(document: Document, name: str, options: dict[str, str]) -> str:
         held = document.get("tables", {}).get(options["table"])
         if held is None:
             raise ValueError(f"bench:{name}: there is no table {options['table']!r} in it")
-        return _provenance(_left_and_right(held["headings"], held["lines"], left=1), document, name)
+        return _provenance(_left_and_right(held["headings"], held["lines"], held.get("left", 1)), document, name)
     if view not in VIEWS:
         raise ValueError(f"bench:{name}: there is no view {view!r}; {', '.join(VIEWS)} exist")
     rows = [row for row in document["results"] if row["status"] != "skipped"]  # the budget was spent before they came
