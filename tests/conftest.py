@@ -270,6 +270,18 @@ def check(
         _check(case, door, case.modes, dtype, device, autocast)
 
 
+def on_cuda(cases: Sequence[Case], door: str) -> Callable[..., None]:
+    """A test of every case on a GPU, in the dtypes that have kernels: ``test_cuda = on_cuda(POSITIVE, "optimize")``."""
+
+    @pytest.mark.cuda
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("case", cases, ids=repr)
+    def test(case: Case, dtype: torch.dtype) -> None:
+        check(case, door, dtype=dtype, device="cuda")
+
+    return test
+
+
 def _check(case: Case, door: str, modes: tuple[bool, ...], dtype: torch.dtype, device: str, autocast: bool) -> None:
     exact, eager = expected(case, modes, dtype, device, autocast)
     model, values = case.build(dtype, device), case.values(dtype, device)

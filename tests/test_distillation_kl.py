@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Case, builds, check, normal, scalar, through_every_door
+from conftest import Case, builds, check, normal, on_cuda, scalar, through_every_door
 from torch import Tensor, nn
 
 ONE = {"distillation_kl": 1}
@@ -332,11 +332,7 @@ def test_autocast(case: Case) -> None:
     check(case, "optimize", autocast=True)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", POSITIVE, ids=repr)
-def test_cuda(case: Case, dtype: torch.dtype) -> None:
-    check(case, "optimize", dtype=dtype, device="cuda")
+test_cuda = on_cuda(POSITIVE, "optimize")
 
 
 @pytest.mark.parametrize("log_target", [False, True])

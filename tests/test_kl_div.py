@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Case, builds, check, logprobs, normal, probs, through_every_door
+from conftest import Case, builds, check, logprobs, normal, on_cuda, probs, through_every_door
 from torch import Tensor, nn
 
 ONE = {"kl_div": 1}
@@ -223,11 +223,7 @@ def test_autocast(case: Case) -> None:
     check(case, "optimize", autocast=True)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", POSITIVE, ids=repr)
-def test_cuda(case: Case, dtype: torch.dtype) -> None:
-    check(case, "optimize", dtype=dtype, device="cuda")
+test_cuda = on_cuda(POSITIVE, "optimize")
 
 
 def test_zero_infinite_and_nan_entries_are_eagers() -> None:

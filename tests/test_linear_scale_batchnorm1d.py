@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Case, builds, check, normal, sequential, through_every_door
+from conftest import Case, builds, check, normal, on_cuda, sequential, through_every_door
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -391,11 +391,7 @@ def test_the_relu_cases_stay_off_the_kink(dtype: torch.dtype) -> None:
         assert before_relu.abs().min() > 20 * 2**-9
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", POSITIVE, ids=repr)
-def test_cuda(case: Case, dtype: torch.dtype) -> None:
-    check(case, "optimize", dtype=dtype, device="cuda")
+test_cuda = on_cuda(POSITIVE, "optimize")
 
 
 def test_columns_whose_mean_dwarfs_their_spread() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Case, builds, check, normal, scalar, through_every_door
+from conftest import Case, builds, check, normal, on_cuda, scalar, through_every_door
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -357,8 +357,4 @@ def test_autocast(case: Case) -> None:
     check(case, "example", autocast=True)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", POSITIVE, ids=repr)
-def test_cuda(case: Case, dtype: torch.dtype) -> None:
-    check(case, "example", dtype=dtype, device="cuda")
+test_cuda = on_cuda(POSITIVE, "example")
