@@ -137,6 +137,8 @@ def build(folder: Path, *, progress: Progress | None = show_progress, kernels: P
 
 def _compile(nvcc: str, files: list[Path], work: Path, progress: Progress | None) -> list[Path]:
     targets = [f"-gencode={target}" for target in TARGETS]
+    if (os.cpu_count() or 1) > len(files):  # cores left over compile a file's targets side by side
+        targets.append(f"--threads={len(TARGETS)}")
     objects = [work / f"{path.stem}.o" for path in files]
 
     def compile_one(path: Path, out: Path) -> str:
