@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
 
-from fxfuse.bench import compiler, rivals, tables, terminal
+from fxfuse.bench import compiler, measure, rivals, tables, terminal
 from fxfuse.bench.cases import plan
 from fxfuse.bench.formats import by_case
 from fxfuse.bench.sweeps import SWEEPS
@@ -78,3 +79,42 @@ def test_yardsticks_compute_what_they_say(name):
         (x,) = workload.inputs(shape, torch.Generator().manual_seed(0))
         want = x @ model.linear.weight.T if name == "product" else model(x)
         torch.testing.assert_close(callee(x), want)
+
+
+class Graph:
+    """Stands in for a captured CUDA graph: replays by calling."""
+
+    def __init__(self, step, calls, alive):
+        self.step, self.calls, self.alive = step, calls, alive
+        alive.append(self)
+
+    def replay(self):
+        for i in range(self.calls):
+            self.step(i)
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_graphs_are_timed_in_turn_as_far_as_memory_holds_them(monkeypatch, room):
+    order, alive = [], []
+
+    def capture(step, calls, device):
+        if step is broken:
+            raise RuntimeError("this call waits for the GPU\nmore")
+        if len(alive) >= room:
+            alive.clear()
+            raise torch.OutOfMemoryError("no room")
+        return Graph(step, calls, alive)
+
+    def broken(i):
+        raise AssertionError("never captured")
+
+    steps = {name: lambda i, name=name: order.append(name) for name in ("eager", "compile", "fxfuse")}
+    steps["two-step"] = broken
+    rows = {name: {"median_ms": 1.0} for name in (*steps, "max-autotune")}
+    monkeypatch.setattr(measure.graphs, "capture", capture)
+    measure._time_graphs({**steps, "max-autotune": broken}, rows, measure.Effort(CPU, 0, 10, 0))
+    assert all(rows[name]["gpu_ms"] > 0 for name in ("eager", "compile", "fxfuse"))
+    assert rows["two-step"] == {"median_ms": 1.0, "gpu_reason": "RuntimeError: this call waits for the GPU"}
+    assert "graphs of its own" in rows["max-autotune"]["gpu_reason"]
+    turns = [a != b for a, b in itertools.pairwise(order)]
+    assert sum(turns) > 10 if room == 3 else sum(turns) == 2

@@ -14,7 +14,7 @@ import torch
 from fxfuse.bench import accuracy, graphs, memory, rivals
 from fxfuse.bench.cases import Case, Runner, Setup
 from fxfuse.bench.limits import Limits, matmul_precision
-from fxfuse.bench.timing import time_together
+from fxfuse.bench.timing import Step, time_together
 
 Row = dict[str, Any]
 BASELINE = "eager"
@@ -132,24 +132,49 @@ def _time(runners: dict[str, Runner], rows: dict[str, Row], effort: Effort) -> N
 
 
 def _time_graphs(steps: dict[str, Callable[[int], None]], rows: dict[str, Row], effort: Effort) -> None:
-    """Add `gpu_ms`, the time of one call replayed from a CUDA graph, where a rival can be captured."""
+    """Add `gpu_ms`, the time of one call replayed from a CUDA graph, where a rival can be captured. Graphs are timed in
+    turn, as calls are; where memory does not hold all of them at once, those that it holds."""
+    held: dict[str, tuple[Step, int]] = {}
     for name, step in steps.items():
-        row = rows[name]
         if rivals.RIVALS[name].cuda_graphs:
-            row["gpu_reason"] = "replays graphs of its own"
+            rows[name]["gpu_reason"] = "replays graphs of its own"
             continue
-        calls = graphs.calls_in_graph(row["median_ms"])
+        calls = graphs.calls_in_graph(rows[name]["median_ms"])
         try:
-            replay = graphs.replaying(graphs.capture(step, calls, effort.device))
-            times = time_together({name: replay}, effort.device, rounds=max(5, effort.rounds // 2))
-            del replay
+            held[name] = _captured(step, calls, effort), calls
+        except torch.OutOfMemoryError:
+            _time_held(held, rows, effort)
+            try:
+                held[name] = _captured(step, calls, effort), calls
+            except Exception as error:
+                rows[name]["gpu_reason"] = first_line(error)
         except Exception as error:
-            row["gpu_reason"] = first_line(error)
-            continue
-        finally:
-            _free(effort.device)
-        row["gpu_ms"] = times[name].median_ms / calls
-        row["gpu_spread"] = times[name].spread
+            rows[name]["gpu_reason"] = first_line(error)
+    _time_held(held, rows, effort)
+
+
+def _captured(step: Step, calls: int, effort: Effort) -> Step:
+    try:
+        return graphs.replaying(graphs.capture(step, calls, effort.device))
+    finally:
+        _free(effort.device)
+
+
+def _time_held(held: dict[str, tuple[Step, int]], rows: dict[str, Row], effort: Effort) -> None:
+    """Time the graphs at hand together, and let go of them."""
+    try:
+        steps = {name: replay for name, (replay, _) in held.items()}
+        times = time_together(steps, effort.device, rounds=max(5, effort.rounds // 2)) if steps else {}
+        for name, timing in times.items():
+            rows[name]["gpu_ms"] = timing.median_ms / held[name][1]
+            rows[name]["gpu_spread"] = timing.spread
+        steps.clear()
+    except Exception as error:
+        for name in held:
+            rows[name]["gpu_reason"] = first_line(error)
+    finally:
+        held.clear()
+        _free(effort.device)
 
 
 class _StepFailed(Exception):
