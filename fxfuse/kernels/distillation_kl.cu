@@ -11,7 +11,6 @@
 #include "distillation_ring.cuh"
 #include "distillation_stream.cuh"
 #include "finish.cuh"
-#include "pdl.cuh"
 
 #include <atomic>
 
@@ -165,7 +164,8 @@ cudaError_t ring_clusters(int device, int size, int smem_bytes, int* clusters) {
   static std::atomic<int> known[kMaxDevices][kRingMostCluster + 1];
   std::atomic<int>& slot = known[device][size];
   if (slot.load(std::memory_order_relaxed) == 0) {
-    cudaError_t error = prepare_shared_memory<KERNEL>(smem_bytes);
+    // No more shared memory than that: what is left is the L1 that spilled registers need.
+    cudaError_t error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
     if (error == cudaSuccess) error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -231,8 +231,8 @@ int launch_ring(const Call& call, const RingLaunch& launch, int* partials) {
 // Two sizes of block shares: the larger has less of the next row under way, and is taken where it spares rounds.
 template <typename T, bool LOG_TARGET, bool KEEP>
 int run_ring(const Call& call, int* partials) {
-  constexpr auto kSmall = ring_kernel<T, LOG_TARGET, kRingThreads, 2, 8, KEEP>;
-  constexpr auto kLarge = ring_kernel<T, LOG_TARGET, kRingThreads, 2, 10, KEEP>;
+  constexpr auto kSmall = ring_kernel<T, LOG_TARGET, 2, 8, KEEP>;
+  constexpr auto kLarge = ring_kernel<T, LOG_TARGET, 2, 10, KEEP>;
   const int64_t packs = call.args.vocab / Pack<T>::N;
   if (!call.together || !call.grads || !is_hopper(call.props)) return int(cudaErrorNotSupported);
   RingLaunch small, large;

@@ -5,7 +5,7 @@
 // row, in long copies; the last warp to take its part of a slot has it filled again. So the next rows are always on
 // their way while this one's sums are exchanged and its gradients written.
 //
-//   take      a slice into registers, the maxima of a warp, then its exponentials and sums (softmax_pair.cuh has the algebra)
+//   take      a slice into registers, the maxima of a warp, then exponentials and sums (softmax_pair.cuh: the algebra)
 //   publish   warps -> block -> every block of the cluster, by stores that count at the receiver's barrier
 //   write     gradients from the registers
 //
@@ -45,16 +45,17 @@ __device__ __forceinline__ float warp_largest(float x) {
 #endif
 }
 
-// A block's slice of a row is CHUNKS chunks at most, a chunk PACKS packs a thread and tensor. KEEP: only the student's gradient is wanted,
-// and exponentials are kept in place of the logits.
-template <typename T, bool LOG_TARGET, int THREADS, int CHUNKS, int PACKS, bool KEEP>
-__global__ void __launch_bounds__(THREADS, 1) ring_kernel(DistillArgs a, RingPlan plan) {
+// A block's slice of a row is CHUNKS chunks at most, a chunk PACKS packs a thread and tensor. KEEP: only the student's
+// gradient is wanted, and exponentials are kept in place of the logits. One block an SM, with all of its registers:
+// what it spilled would go to L2, as shared memory leaves no L1.
+template <typename T, bool LOG_TARGET, int CHUNKS, int PACKS, bool KEEP>
+__global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, RingPlan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr int N = Pack<T>::N, kWarps = THREADS / kWarp, kChunk = PACKS * THREADS;
-  extern __shared__ __align__(128) uint4 ring[];  // the copy engine is slower at less
+  constexpr int N = Pack<T>::N, kThreads = kRingThreads, kWarps = kThreads / kWarp, kChunk = PACKS * kThreads;
+  extern __shared__ __align__(128) uint4 ring[];  // the copy engine is slower off a line of 128 bytes
   __shared__ alignas(8) uint64_t landed[kRingMostSlots];
-  __shared__ int takers[kRingMostSlots];  // warps that have taken their part of a slot
-  __shared__ int64_t cursor_row;  // the next chunk to ask for
+  __shared__ int takers[kRingMostSlots];   // warps that have taken their part of a slot
+  __shared__ int64_t cursor_row;           // the next chunk to ask for
   __shared__ int cursor_chunk;
   __shared__ alignas(8) uint64_t told[2];  // the cluster's sums of a row have arrived
   __shared__ SharedLossQueue losses;  // of the cluster's first warp
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(THREADS, 1) ring_kernel(DistillArgs a, RingPla
     const int64_t edge = slice_first == 0 && warp == 0 ? shape.edge(lane, a.vocab) : -1;
     const float edge_s = edge >= 0 ? ld_one(student + row_at + edge) : 0.f;
     const float edge_t = edge >= 0 ? ld_one(teacher + row_at + edge) : 0.f;
-    Pack<T> s[CHUNKS * PACKS], t[CHUNKS * PACKS];  // number p * THREADS + threadIdx.x of the slice
-    const auto has = [&](int p) { return p * THREADS < mine_left; };
+    Pack<T> s[CHUNKS * PACKS], t[CHUNKS * PACKS];  // number p * kThreads + threadIdx.x of the slice
+    const auto has = [&](int p) { return p * kThreads < mine_left; };
     const auto counts = [&](int p) { return kPads<T> || has(p); };
 
 #pragma unroll
@@ -146,8 +147,8 @@ __global__ void __launch_bounds__(THREADS, 1) ring_kernel(DistillArgs a, RingPla
       for (int i = 0; i < PACKS; ++i) {
         const int p = chunk * PACKS + i;
         if (has(p)) {
-          s[p] = from[i * THREADS + threadIdx.x];
-          t[p] = from[kChunk + i * THREADS + threadIdx.x];
+          s[p] = from[i * kThreads + threadIdx.x];
+          t[p] = from[kChunk + i * kThreads + threadIdx.x];
         } else {
           s[p] = t[p] = pad;
         }
@@ -207,19 +208,18 @@ __global__ void __launch_bounds__(THREADS, 1) ring_kernel(DistillArgs a, RingPla
       state.join_lanes<T>(a.scales, teacher_grads);
     }
 
-    // Publish: the first warp joins the block's states and tells them to every block. Slots for two rows: a block can be
-    // one row ahead of another, never two.
+    // Publish: the first warp joins the block's states and tells them to every block. Room for two rows: a block can
+    // be one row ahead of another, never two.
     if (lane == 0) warp_states[warp] = state;
     if (warp == 0) {
-      barrier_wait_for<THREADS>();
-      constexpr int kLanes = kWarps <= 8 ? 8 : kWarps <= 16 ? 16 : 32;
-      state = lane % kLanes < kWarps ? warp_states[lane % kLanes] : RowState{};
-      state.join_lanes<T, kLanes>(a.scales, teacher_grads);
+      barrier_wait_for<kThreads>();
+      state = warp_states[lane % kWarps];
+      state.join_lanes<T, kWarps>(a.scales, teacher_grads);
       if (lane == 0) mbarrier_expect(&told[set], cluster * int(sizeof(RowState)));
       __syncwarp();
       if (lane < cluster) tell(&block_states[set][rank], state, &told[set], lane);
     } else {
-      barrier_arrive<THREADS>();
+      barrier_arrive<kThreads>();
     }
 
     mbarrier_wait_cluster(&told[set], told_parity);
@@ -253,13 +253,13 @@ __global__ void __launch_bounds__(THREADS, 1) ring_kernel(DistillArgs a, RingPla
         const float kept_b = r.b_s * exp2_fast(a.scales.t.shift<T>(kept_mt, r.mt));
 #pragma unroll
         for (int p = 0; p < CHUNKS * PACKS; ++p)
-          if (has(p)) r.write_kept(s[p], t[p], kept_a, kept_b, grad_student + at + p * THREADS * N);
+          if (has(p)) r.write_kept(s[p], t[p], kept_a, kept_b, grad_student + at + p * kThreads * N);
       } else {
 #pragma unroll
         for (int p = 0; p < CHUNKS * PACKS; ++p)
           if (has(p))
-            r.write(s[p], t[p], grad_student != nullptr ? grad_student + at + p * THREADS * N : nullptr,
-                    grad_teacher != nullptr ? grad_teacher + at + p * THREADS * N : nullptr, true);
+            r.write(s[p], t[p], grad_student != nullptr ? grad_student + at + p * kThreads * N : nullptr,
+                    grad_teacher != nullptr ? grad_teacher + at + p * kThreads * N : nullptr, true);
       }
       if (edge >= 0)
         r.write_one(edge_s, edge_t, grad_student != nullptr ? grad_student + row_at + edge : nullptr,
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(THREADS, 1) ring_kernel(DistillArgs a, RingPla
   if (unusual != 0) {
     for (int64_t row = group + rank * groups; row < a.rows; row += cluster * groups) {
       if (a.row_states[row].mt == 0.f) continue;
-      loss += exact_row_of<T, LOG_TARGET, THREADS>(a, row, in.g);
+      loss += exact_row_of<T, LOG_TARGET, kThreads>(a, row, in.g);
     }
   }
   if (a.partial != nullptr && threadIdx.x == 0) a.partial[blockIdx.x] = loss;

@@ -1,8 +1,8 @@
 // kl_div with the gradient of its input in the same pass, on Hopper: the loads are the copy engine's.
 //
-// Every block has a ring of slots in shared memory, a chunk of input and target in each, filled in order in long copies;
-// the last warp to take its packs from a slot has it filled again. What is on its way does not depend on how far the
-// arithmetic is, and takes no registers. Bytes moved: two reads and one write an element.
+// Every block has a ring of slots in shared memory, a chunk of input and target in each, filled in order; the last warp
+// to take its packs from a slot has it filled again. What is on its way does not depend on how far the arithmetic is,
+// and takes no registers. Bytes moved: two reads and one write an element.
 #pragma once
 
 #include "kl_div_pack.cuh"

@@ -1,4 +1,4 @@
-// The asynchronous copies that the distillation kernels use: Hopper's copy engine with mbarriers and clusters, and
+// The asynchronous copies that the loss kernels use: Hopper's copy engine with mbarriers and clusters, and
 // cp.async of 8.0. Empty on targets that lack the instruction.
 #pragma once
 
@@ -58,21 +58,12 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, int 
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Whether the phase has completed, without waiting.
-__device__ __forceinline__ bool mbarrier_done(uint64_t* barrier, int parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n\t.reg .pred done;\n\t"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n\tselp.u32 %0, 1, 0, done;\n\t}"
-      : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-  return done != 0;
-}
 // Waits for a phase completed by other blocks of the cluster, and sees what they told.
 __device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n\t.reg .pred done;\n"
-      "again:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}" ::"r"(
-          shared_address(barrier)),
+      "again:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}"
+      ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
 }
@@ -117,7 +108,6 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t*, int) {}
 __device__ __forceinline__ void mbarrier_wait(uint64_t*, int) {}
 __device__ __forceinline__ void bulk_load(void*, const void*, int, uint64_t*) {}
 __device__ __forceinline__ void cluster_sync() {}
-__device__ __forceinline__ bool mbarrier_done(uint64_t*, int) { return true; }
 __device__ __forceinline__ void mbarrier_wait_cluster(uint64_t*, int) {}
 template <typename V>
 __device__ __forceinline__ void tell(V*, const V&, uint64_t*, int) {}

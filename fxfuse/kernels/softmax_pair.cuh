@@ -192,9 +192,9 @@ struct RowState {
     __device__ __forceinline__ float operator()(float a, float b) const { return fminf(a, b); }
   };
 
-  // False: the row must be done as eager does it. Something (g too, the gradient that reaches the row) is infinite, NaN or
-  // outside what T stores; or the teacher's gradient is wanted where one q is so near 1 that little but rounding would be
-  // left of it, which eager's formula puts elsewhere.
+  // False: the row must be done as eager does it. Something (g too, the gradient that reaches the row) is infinite, NaN
+  // or outside what T stores; or the teacher's gradient is wanted where one q is so near 1 that little but rounding
+  // would be left of it, which eager's formula puts elsewhere.
   template <typename T>
   __device__ __forceinline__ bool plain(Scales c, float g, bool teacher) const {
     constexpr float kOne = sizeof(T) == 4 ? 1.f : float(1 << int(kHalfHeadroom));
@@ -287,8 +287,8 @@ struct Incoming {
 // What the gradients of a row need, derived once from its state.
 //   grad_student = (p - q) g / Ts                     = es * a_s - et * b_s
 //   grad_teacher = q ((log q - log p) - KL) g / Tt    = et * b_t * ((u - w) - mean)
-// Where a q is large, its u - w is near the mean, so the mean is kept in two floats. (Where one q is nearly 1 that does not
-// help, see RowState::plain.)
+// Where a q is large, its u - w is near the mean, so the mean is kept in two floats. (Where one q is nearly 1 that does
+// not help, see RowState::plain.)
 struct RowGrads {
   float mt, ms, a_s, b_s, b_t = 0, mean = 0, mean_low = 0;
   Scales c;

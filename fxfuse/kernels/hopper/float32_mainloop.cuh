@@ -5,8 +5,8 @@
 // it adds for 32 of K only: first the five small products, while the accumulator is small, then hh, whose products have 16
 // bits and mostly fit. Those sums are added in true float32 registers, rounded to nearest.
 //
-// Per 32 of K, a block of 256 x 128 and in clocks of its 3072 on the tensor cores: B's planes read by wgmma 1536, written
-// 192, A and B delivered and read 384 + 384... of shared memory's 128 bytes a clock; see docs/float32.md.
+// Per 32 of K a block of 256 x 128 keeps the tensor cores busy for 3072 clocks and shared memory, at 128 bytes a clock, for
+// 2496: wgmma reads B's planes 1536, A comes and is read 256 + 256, B 128 + 128, its planes are written 192.
 //
 //   copy engine -> A, B in float32 -> three warps split B into three planes -> wgmma, A split into registers by its reader
 //
@@ -24,7 +24,8 @@ namespace fxfuse::hopper {
 
 // A is [M, K], or [K, M] where A_ALONG_M; B is [N, K], or [K, N] where B_ALONG_N. HALVES times 128 rows a tile. INTERVAL: of
 // K, in the tensor core. OUTER: of K, between sums in the result's memory.
-template <bool A_ALONG_M, bool B_ALONG_N, int HALVES = 2, int INTERVAL = 32, int OUTER = 2048, int STAGES_A = 4, int STAGES_RAW = 2, int STAGES_B = 3>
+template <bool A_ALONG_M, bool B_ALONG_N, int HALVES = 2, int INTERVAL = 32, int OUTER = 2048, int STAGES_A = 4,
+          int STAGES_RAW = 2, int STAGES_B = 3>
 struct Float32Mainloop {
   using Params = Float32Operands;
   static constexpr int kBlockM = 128 * HALVES, kBlockN = 128, kBlockK = 32, kConsumers = 2, kCluster = 1, kHalves = HALVES;
@@ -125,44 +126,49 @@ struct Float32Mainloop {
   }
 
   static __device__ __forceinline__ void prepare(Pipeline& ring, uint32_t shared, int blocks, int thread) {
-    const int warp = thread / kWarp, lane = thread % kWarp;
-    for (int i = 0; i < blocks; ++i, ring.raw.advance(), ring.b.advance()) {
+    const int lane = thread % kWarp;
+    int first = thread / kWarp;  // the sixteen turns of a block are no multiple of three: who begins changes
+    for (int i = 0; i < blocks; ++i) {
       const uint32_t raw = shared + kRaw + ring.raw.stage() * kBytesRaw;
       const uint32_t planes = shared + kPlanes + ring.b.stage() * kBytesB;
       ring.b.wait_free();
       ring.raw.wait_filled();
-      if constexpr (B_ALONG_N) split_along_n(raw, planes, warp, lane);
-      else split_along_k(raw, planes, warp, lane);
+      if constexpr (B_ALONG_N) split_along_n(raw, planes, first, lane);
+      else split_along_k(raw, planes, first, lane);
       fence_async_proxy();
       ring.raw.release_by_warp(lane);
       if (lane == 0) ring.b.filled();
+      ring.raw.advance();
+      ring.b.advance();
+      first = first == 0 ? kSplitters - 1 : first - 1;
     }
   }
 
-  // Four rows a turn, eight lanes to a row; a lane's four neighbours are two pairs in two units.
-  static __device__ __forceinline__ void split_along_k(uint32_t raw, uint32_t planes, int warp, int lane) {
-    const int c = lane % 8, q = c % 4;
+  // Eight rows a turn, four lanes to a row. A lane has eight neighbours; every other pair of them is the half of a unit.
+  static __device__ __forceinline__ void split_along_k(uint32_t raw, uint32_t planes, int turn, int lane) {
+    constexpr int kRows = 8;
+    const int r = lane / 4, c = lane % 4;
+    const uint32_t swizzled = raw + (kRows * turn + r) * kRowBytes + ((2 * c) ^ r) * kUnitBytes;
+    uint32_t from = swizzled, to = plane_address(planes, kRows * turn + r, c / 2 * 2) + c % 2 * 8;
+    const uint32_t other = ((2 * c + 1) ^ r) * kUnitBytes - ((2 * c) ^ r) * kUnitBytes;
+    const uint32_t second = plane_address(0, r, c / 2 * 2 + 1) - plane_address(0, r, c / 2 * 2);
 #pragma unroll 1
-    for (int turn = warp; turn < kBlockN / 4; turn += kSplitters) {
-      const int row = 4 * turn + lane / 8;
-      float4 x;
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                   : "r"(raw + row * kRowBytes + ((c ^ (row % 8)) * kUnitBytes))
-                   : "memory");
-      const SplitPair s = split_pair(x.x, x.y), t = split_pair(x.z, x.w);
-      const uint32_t first = plane_address(planes, row, c / 4 * 2) + 4 * q;
-      const uint32_t second = plane_address(planes, row, c / 4 * 2 + 1) + 4 * q;
-      store(first, s.high), store(second, t.high);
-      store(first + kPlane, s.middle), store(second + kPlane, t.middle);
-      store(first + 2 * kPlane, s.low), store(second + 2 * kPlane, t.low);
+    for (; turn < kBlockN / kRows; turn += kSplitters) {
+      const float4 x = load4(from), y = load4(from + other);
+      const SplitPair s = split_pair(x.x, x.y), t = split_pair(y.x, y.y);
+      store2(to, s.high, t.high), store2(to + kPlane, s.middle, t.middle), store2(to + 2 * kPlane, s.low, t.low);
+      const SplitPair u = split_pair(x.z, x.w), v = split_pair(y.z, y.w);
+      const uint32_t next = to + second;
+      store2(next, u.high, v.high), store2(next + kPlane, u.middle, v.middle), store2(next + 2 * kPlane, u.low, v.low);
+      from += kSplitters * kRows * kRowBytes;
+      to += kSplitters * kRows * kPlaneRow;
     }
   }
 
   // A lane has one row, and of it one unit of eight a turn.
-  static __device__ __forceinline__ void split_along_n(uint32_t raw, uint32_t planes, int warp, int lane) {
+  static __device__ __forceinline__ void split_along_n(uint32_t raw, uint32_t planes, int turn, int lane) {
 #pragma unroll 1
-    for (int turn = warp; turn < 16; turn += kSplitters) {
+    for (; turn < 16; turn += kSplitters) {
       const int group = turn % 4, unit = turn / 4, row = 32 * group + lane;
       uint32_t high[4], middle[4], low[4];
 #pragma unroll
@@ -368,8 +374,16 @@ struct Float32Mainloop {
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
     return x;
   }
-  static __device__ __forceinline__ void store(uint32_t address, uint32_t x) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+  static __device__ __forceinline__ float4 load4(uint32_t address) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+  }
+  static __device__ __forceinline__ void store2(uint32_t address, uint32_t x, uint32_t y) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
   }
   static __device__ __forceinline__ void store4(uint32_t address, const uint32_t (&x)[4]) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])

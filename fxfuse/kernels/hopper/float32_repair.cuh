@@ -1,8 +1,8 @@
 // Accumulators that did not come out finite, again in plain float32, so that inf and NaN stand where such a product has them.
 //
 // The split makes inf - inf of an infinity, and infinity of a number next to FLT_MAX: whatever should be infinite or NaN is
-// not finite after the tensor cores, and only that is computed again, by a whole warp each. Meanwhile the accumulators wait in
-// the result's memory, so that this costs no registers.
+// not finite after the tensor cores, and only that is computed again, by a whole warp each. Meanwhile the accumulators wait
+// in the result's memory, so that this costs no registers.
 #pragma once
 
 #include <cstdint>

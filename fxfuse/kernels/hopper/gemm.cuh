@@ -1,7 +1,8 @@
 // A persistent, warp-specialised GEMM: out[M, N] = epilogue(A[M, K] B[N, K]^T).
 //
 // A block is one producer warpgroup (its first warp drives the copy engine, the others prepare the epilogue's column
-// numbers and whatever the mainloop wants prepared) and two consumer warpgroups. Each walks the same list of tiles; barriers in shared memory are all they share.
+// numbers and whatever the mainloop wants prepared) and two consumer warpgroups. Each walks the same list of tiles; barriers
+// in shared memory are all they share.
 #pragma once
 
 #include "batch.cuh"
@@ -43,7 +44,8 @@ struct Problem {
 // Column statistics of a warpgroup's rows; the staging buffers are scratch for a moment.
 template <typename Mainloop, typename Epilogue, typename Writer>
 __device__ __forceinline__ void statistics(uint8_t* storage, const float (&acc)[Mainloop::kAccumulators],
-                                           const Problem<Mainloop, Epilogue>& problem, int m, int n, int consumer, int thread) {
+                                           const Problem<Mainloop, Epilogue>& problem, int m, int n, int consumer,
+                                           int thread) {
   static_assert(Writer::kSharedBytes >= 4 * Mainloop::kBlockN * int(sizeof(float2)), "the scratch is too small");
   if (thread == 0) tma_store_wait_read<0>();
   named_barrier<kWarpgroup>(1 + consumer);
@@ -57,7 +59,8 @@ template <typename Mainloop, typename Epilogue, typename Writer>
 __device__ __forceinline__ void finish_batch(typename Mainloop::Pipeline& ring, uint32_t shared, uint8_t* storage,
                                              float (&acc)[Mainloop::kHalves][Mainloop::kAccumulators],
                                              const Problem<Mainloop, Epilogue>& problem, const CUtensorMap* map_out,
-                                             const CUtensorMap* map_kept, const Tile& tile, int m, int n, int consumer, int thread, uint32_t parity, bool first) {
+                                             const CUtensorMap* map_kept, const Tile& tile, int m, int n, int consumer,
+                                             int thread, uint32_t parity, bool first) {
   using Layout = SharedLayout<Mainloop, Writer, Epilogue>;
   constexpr int kBlockN = Mainloop::kBlockN;
   const auto& p = problem.epilogue;
