@@ -203,7 +203,7 @@ def ops(args) -> dict:
         "train library+passes": train_library,
         "train eager": lambda: F.batch_norm(F.linear(x, w, bias) * scale, rm, rv, g, s, True),
         "train pass alone": lambda: lsb.train_apply(acc, None, c, rm, rv, 0.1, out),
-        "backward passes": lambda: lsb.backward(out, acc, saved, c, True, True, True),
+        "backward passes": lambda: lsb.backward(out, acc, saved, c, weight=True, shift=True, s=True),
     }
 
 
