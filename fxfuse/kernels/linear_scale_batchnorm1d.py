@@ -87,7 +87,7 @@ def _functions() -> _Functions:
     return _Functions(
         found.function(_NAME + "eval", [PTR] * 3 + [I64] * 5 + columns + vector * 2 + [INT] * 3 + end),
         found.function(_NAME + "product", [PTR] * 4 + [I64] * 5 + [INT] * 2 + end),
-        found.function(_NAME + "train", [PTR] * 7 + [I64] * 5 + columns + vector * 2 + [FLOAT, INT, INT] + end),
+        found.function(_NAME + "train", [PTR] * 9 + [I64] * 5 + columns + vector * 2 + [FLOAT, INT, INT] + end),
         found.function(_NAME + "eval_apply", [PTR] * 2 + [I64] * 2 + columns + vector * 2 + [INT, INT] + end),
         found.function(_NAME + "block_rows", [I64, PTR]),
         found.function(_NAME + "statistics", [PTR] * 2 + [I64] * 2 + [INT] + end),
@@ -148,7 +148,7 @@ def train_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Partials]:
 
 def one_kernel(x: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether ``train`` takes this batch, beside what ``gemm.why_not_product`` asks."""
-    return x.size(0) <= _SMALL_ROWS and x.dtype == out_dtype
+    return x.dtype == out_dtype and (x.size(0) <= _SMALL_ROWS or not gemm.ieee(x))
 
 
 def train(
@@ -161,7 +161,7 @@ def train(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """A training step in one kernel: (out [M, N], acc or None, saved [3, N]), where ``gemm.why_not_product`` is None
-    and M is at most 1024. ``keep``: whether the bare product acc is wanted for the backward pass.
+    and ``one_kernel`` holds. ``keep``: whether the bare product acc is wanted for the backward pass.
 
     None, and nothing done, where the device has no room for all of its blocks at once (part of it is set aside).
     """
@@ -171,13 +171,14 @@ def train(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     acc = torch.empty_like(out) if keep else None
     blocks = -(-m // _PRODUCT_ROWS)
-    scratch = torch.empty(blocks * n * 2 + -(-n // 128), dtype=torch.float32, device=x.device)
+    pairs = (blocks + 1) * n  # partials, and the columns' maps
+    scratch = torch.empty(2 * pairs + 2 * -(-n // 128), dtype=torch.float32, device=x.device)
     saved = torch.empty(3, n, dtype=torch.float32, device=x.device)
     partials = scratch.data_ptr()
     try:
         _functions().train(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
-            saved.data_ptr(), m, n, weight.size(1), a[1], b[1], *c.arguments(), *_vector(running_mean),
+            partials + 8 * pairs, saved.data_ptr(), None, m, n, weight.size(1), a[1], b[1], *c.arguments(), *_vector(running_mean),
             *_vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype], device, stream(device),
         )  # fmt: skip
     except KernelError as error:

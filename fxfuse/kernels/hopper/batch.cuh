@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../batchnorm_columns.cuh"
-#include "barrier.cuh"
+#include "behind.cuh"
 #include "wgmma.cuh"
 
 namespace fxfuse::hopper {
@@ -16,15 +16,6 @@ class BatchExchange {
  public:
   static constexpr int kOwn = BN / kWarpgroup;  // columns that a thread merges
   static constexpr int kMostBlocks = 16;        // of 64 rows
-
-  // After ColumnStatistics::write, whose last barrier orders the warpgroup's partials before this. `arrived` counts the
-  // warpgroups of this column of tiles.
-  static __device__ __forceinline__ void arrive(int* arrived, int thread) {
-    if (thread == 0) {
-      __threadfence();
-      atomicAdd(arrived, 1);
-    }
-  }
 
   // Waits for `expected` warpgroups, then merges partials [ceil(rows / 64), columns]. known, maps: shared memory, (s, gamma,
   // beta) and room for (slope, shift) of each column of the tile. `record`: this warpgroup also updates the running
@@ -67,11 +58,6 @@ class BatchExchange {
  private:
   static __device__ __forceinline__ float block_rows(int rows, int block) {
     return float(max(0, min(kInstructionM, rows - block * kInstructionM)));
-  }
-  static __device__ __forceinline__ int load_acquire(const int* p) {
-    int x;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-    return x;
   }
 };
 
