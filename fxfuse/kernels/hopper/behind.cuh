@@ -62,10 +62,10 @@ class Behind {
     atomicAdd_block(&state->stored, 1);
   }
 
-  // Works until all there is to normalise is taken. By whole warps, in any number; NAP: ns between looks for work; TOGETHER:
-  // accesses of a lane under way at once.
+  // Works until all there is to normalise is taken. By whole warps, in any number. NAP: ns between looks for work; MEASURE,
+  // NORMALISE: accesses of a lane under way at once.
   // Params: TrainState state, partials [ceil(rows / 64), columns], maps [columns], arrived and merged, one a column of tiles.
-  template <unsigned NAP, int TOGETHER, typename Params>
+  template <unsigned NAP, int MEASURE, int NORMALISE, typename Params>
   static __device__ __forceinline__ void run(const BehindTiles& tiles, const Params& p, const Out* acc, Out* out,
                                              BehindState* state, int lane) {
     int current = -1, m = 0, n = 0;
@@ -78,7 +78,7 @@ class Behind {
       if ((work & 3) == kDone) return;
       if ((work & 3) == kMeasure) {
         const Tile tile = tiles.order.at(tiles.tile(index / CONSUMERS));
-        measure<TOGETHER / kSpans>(tiles, acc, p.partials, first_row(tiles, tile) + index % CONSUMERS * kPartialRows, tile.n * BN, lane);
+        measure<MEASURE / kSpans>(tiles, acc, p.partials, first_row(tiles, tile) + index % CONSUMERS * kPartialRows, tile.n * BN, lane);
         __syncwarp();
         if (lane == 0) arrive_release(p.arrived + tile.n);
       } else if ((work & 3) == kMerge) {
@@ -98,7 +98,7 @@ class Behind {
             maps[i] = c < tiles.columns ? __ldcg(p.maps + c) : make_float2(0.f, 0.f);
           }
         }
-        normalise<TOGETHER / kSpans>(tiles, acc, out, maps, m + index % kUnits * kRows, n, lane);
+        normalise<NORMALISE / kSpans>(tiles, acc, out, maps, m + index % kUnits * kRows, n, lane);
       }
     }
   }

@@ -16,20 +16,17 @@ namespace fxfuse::hopper {
 
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kColumnThreads = kWarpgroup - kWarp;
-constexpr int kMostBatchRows = 64 * BatchExchange<kWarpgroup>::kMostBlocks;
-#ifndef BEHIND_BAND
-#define BEHIND_BAND 4
-#endif
-constexpr int kBehindBand = BEHIND_BAND;  // columns of tiles, where all of them are normalised behind
+constexpr int kMostBatchRows = kPartialRows * BatchExchange<kWarpgroup, 2>::kMostBlocks;
+constexpr int kBehindBand = 3;  // columns of tiles, where all of them are normalised behind
 
 template <typename Mainloop, typename Writer, typename Epilogue>
 struct SharedLayout {
   static constexpr int kStaging = Mainloop::kSharedBytes;  // after the stages
   static constexpr int kColumns = kStaging + Mainloop::kConsumers * Writer::kSharedBytes;
-  // The columns' numbers; behind them, for an epilogue of the whole batch, each warpgroup's maps.
+  // The columns' numbers; behind them, for an epilogue of the whole batch, its maps.
   static constexpr int kMaps = kColumns + Mainloop::kBlockN * int(sizeof(typename Epilogue::Column));
   static constexpr int kMapBytes = Epilogue::kBatch ? Mainloop::kBlockN * int(sizeof(float2)) : 0;
-  static constexpr int kBarriers = kMaps + Mainloop::kConsumers * kMapBytes;
+  static constexpr int kBarriers = kMaps + kMapBytes;
   static constexpr int kColumnsFull = kBarriers + Mainloop::Pipeline::kBarrierBytes;
   static constexpr int kColumnsEmpty = kColumnsFull + 8;
   static constexpr int kBehind = kColumnsEmpty + 8;
@@ -75,7 +72,7 @@ __device__ __forceinline__ void finish_batch(uint32_t shared, uint8_t* storage,
   constexpr int kBlockN = Mainloop::kBlockN;
   const auto& p = problem.epilogue;
   const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
-  float2* const maps = reinterpret_cast<float2*>(storage + Layout::kMaps + consumer * Layout::kMapBytes);
+  float2* const maps = reinterpret_cast<float2*>(storage + Layout::kMaps);
   const auto* const known = reinterpret_cast<const float4*>(storage + Layout::kColumns);
   if constexpr (Epilogue::kKeep) {
 #pragma unroll
@@ -84,14 +81,17 @@ __device__ __forceinline__ void finish_batch(uint32_t shared, uint8_t* storage,
                                     n, thread, 1 + consumer);
   }
   mbarrier_wait(shared + Layout::kColumnsFull, parity);
-  BatchExchange<kBlockN>::finish(p.state, p.partials, p.arrived + tile.n,
-                                 problem.order.rows * Mainloop::kCluster * Mainloop::kConsumers, known, maps, problem.rows,
-                                 n, m + consumer == 0, thread, 1 + consumer);
-  if (thread == 0) mbarrier_arrive(shared + Layout::kColumnsEmpty);
+  using Exchange = BatchExchange<kBlockN, Mainloop::kConsumers>;
+  const int blocks = problem.order.rows * Mainloop::kCluster, one = consumer * kWarpgroup + thread;
+  const Moments moments = Exchange::finish(p.state, p.partials, p.arrived + tile.n, blocks * Mainloop::kConsumers, known, maps,
+                                           problem.rows, n, one);
 #pragma unroll
   for (int half = 0; half < Mainloop::kHalves; ++half)
     Writer::template write<true>([](float x, float2 c) { return fmaf(x, c.x, c.y); }, acc[half], maps, staging, map_out,
                                  m + Mainloop::row(consumer, half), n, thread, 1 + consumer);
+  Exchange::record(p.state, known, moments, n, m / Mainloop::kBlockM, blocks, one);
+  named_barrier<kWarpgroup>(1 + consumer);
+  if (thread == 0) mbarrier_arrive(shared + Layout::kColumnsEmpty);
 }
 
 template <typename Mainloop, typename Epilogue, typename Out, int BUFFERS>
@@ -159,7 +159,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
         mbarrier_arrive(columns_full);
         parity ^= 1;
       }
-      if constexpr (kBehind) Work::template run<1000, 4>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
+      if constexpr (kBehind) Work::template run<1000, 4, 4>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
     }
   } else {
     registers_raise<kBehind ? kBehindConsumerRegisters : Mainloop::kConsumerRegisters>();
@@ -219,7 +219,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
     if (thread == 0) tma_store_wait_all();
     if constexpr (kBehind) {
       arrived();
-      Work::template run<50, 8>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
+      Work::template run<50, 8, 8>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
     }
   }
   // A block's shared memory must outlive its neighbours' multicasts and arrivals.
@@ -259,7 +259,6 @@ cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epil
   problem.columns = int(p.n);
   problem.k_blocks = int(ceil_div<int64_t>(p.k, Mainloop::kBlockK));
   problem.epilogue = epilogue;
-  problem.order.by_columns = false;
   problem.behind = 0;
   problem.acc = p.kept != nullptr ? p.kept : p.out;
   problem.out = p.out;
@@ -269,15 +268,13 @@ cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epil
   if constexpr (Epilogue::kBatch) {
     if (p.m <= kMostBatchRows && problem.order.rows <= clusters) {
       // A round holds whole columns of tiles: the last one is finished from its accumulators.
-      problem.order.by_columns = true;
-      problem.order.band = 1;
+      problem.order.by_columns(1);
       clusters -= clusters % problem.order.rows;
       if (!Mainloop::kPrepares) problem.behind = int((tiles - 1) / clusters * clusters);
     } else if (Mainloop::kPrepares) {
       return cudaErrorNotSupported;
     } else {
-      problem.order.by_columns = true;
-      problem.order.band = kBehindBand;
+      problem.order.by_columns(kBehindBand);
       problem.behind = int(tiles);
     }
   }
