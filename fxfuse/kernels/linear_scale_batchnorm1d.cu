@@ -106,9 +106,10 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_product(const void* x, const void
 
 // Training in one kernel: out[m, n] normalised, running statistics updated, saved[3, n] written, *batches (int64) one more
 // where not null, and where acc is not null acc[m, n] = x weight^T. With ieee for at most 1024 rows. partials[ceil(m / 64), n]
-// and maps[n], float pairs, and arrived[2, ceil(n / 128)] ints are scratch.
+// and maps[n], float pairs, are scratch; counters[1 + 2 ceil(n / 128)] ints are zero and left so, by the last of the stream's
+// launches that uses them.
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train(const void* x, const void* weight, void* out, void* acc, void* partials,
-                                                     void* maps, void* arrived, void* saved, void* batches, int64_t m,
+                                                     void* maps, void* counters, void* saved, void* batches, int64_t m,
                                                      int64_t n, int64_t k, int64_t pitch_x, int64_t pitch_w,
                                                      FXFUSE_LINEAR_SCALE, FXFUSE_BATCHNORM, void* running_mean,
                                                      int mean_code, void* running_var, int var_code, float momentum,
@@ -120,14 +121,11 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train(const void* x, const void* 
   const TrainState state{FXFUSE_LINEAR_SCALE_VALUE, FXFUSE_BATCHNORM_VALUE, {running_mean, mean_code},
                          {running_var, var_code}, momentum, static_cast<float*>(saved), n, static_cast<int64_t*>(batches)};
   const hopper::Operands operands{x, weight, out, m, n, k, pitch_x, pitch_w, n, acc};
-  const int64_t counters = ceil_div<int64_t>(n, 128);
-  int* const first = static_cast<int*>(arrived);
-  FXFUSE_CHECK(cudaMemsetAsync(first, 0, 2 * counters * sizeof(int), s));
   const auto run = [&](auto epilogue, auto type) {
     using Epilogue = decltype(epilogue);
     using T = decltype(type);
     return product<Epilogue, T, T>(
-        operands, {state, static_cast<float2*>(partials), static_cast<float2*>(maps), first, first + counters}, ieee, device,
+        operands, {state, static_cast<float2*>(partials), static_cast<float2*>(maps), {static_cast<int*>(counters)}}, ieee, device,
         props->sm_count, s);
   };
   FXFUSE_DISPATCH(dtype, T, {

@@ -151,6 +151,21 @@ def one_kernel(x: Tensor, out_dtype: torch.dtype) -> bool:
     return x.dtype == out_dtype and (x.size(0) <= _SMALL_ROWS or not gemm.ieee(x))
 
 
+_zeros: dict[tuple[int, int], Tensor] = {}
+
+
+def _counters(device: torch.device, queue: int, count: int) -> Tensor:
+    """int32 zeros that ``train`` leaves as zeros: one tensor for each stream, whose launches follow each other. A graph
+    under capture has its own, since it may be replayed on any stream."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device.index, queue)
+    kept = _zeros.get(key)
+    if kept is None or kept.numel() < count:
+        kept = _zeros[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return kept
+
+
 def train(
     x: Tensor,
     weight: Tensor,
@@ -172,14 +187,15 @@ def train(
     acc = torch.empty_like(out) if keep else None
     blocks = -(-m // _PRODUCT_ROWS)
     pairs = (blocks + 1) * n  # partials, and the columns' maps
-    scratch = torch.empty(2 * pairs + 2 * -(-n // 128), dtype=torch.float32, device=x.device)
+    scratch = torch.empty(2 * pairs, dtype=torch.float32, device=x.device)
     saved = torch.empty(3, n, dtype=torch.float32, device=x.device)
-    partials = scratch.data_ptr()
+    partials, queue = scratch.data_ptr(), stream(device)
+    counters = _counters(x.device, queue, 1 + 2 * -(-n // 128))
     try:
         _functions().train(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
-            partials + 8 * pairs, saved.data_ptr(), None, m, n, weight.size(1), a[1], b[1], *c.arguments(), *_vector(running_mean),
-            *_vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype], device, stream(device),
+            counters.data_ptr(), saved.data_ptr(), None, m, n, weight.size(1), a[1], b[1], *c.arguments(), *_vector(running_mean),
+            *_vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype], device, queue,
         )  # fmt: skip
     except KernelError as error:
         if error.code != _TOO_LARGE_TO_COOPERATE:

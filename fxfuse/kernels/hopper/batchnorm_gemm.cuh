@@ -48,8 +48,7 @@ struct BatchNormTrainEpilogue {
     TrainState state;
     float2* partials;  // [ceil(M / 64), N]
     float2* maps;      // [N]: slope and shift, where tiles are normalised behind the tensor cores
-    int* arrived;      // zero for each column of tiles, at least ceil(N / 128): warpgroups whose partials are there
-    int* merged;       // the same: blocks whose share of the maps is there
+    BatchCounters counters;  // for ceil(N / 128) columns of tiles at most
   };
   static __device__ __forceinline__ float4 column(const Params& p, int n) {
     const TrainState::Known known = p.state.known(n);

@@ -24,10 +24,12 @@ constexpr int kPartialRows = 64;  // rows of an entry of `partials`
 // Of 64,512 registers for 128 threads of the producer's and 256 of the consumers'.
 constexpr int kBehindProducerRegisters = 104, kBehindConsumerRegisters = 200;
 
-// In shared memory: how much of each kind of work is taken, counted in the block's own turns; and the arrivals of consumers
-// whose tile is in memory.
+// In shared memory, counted in the block's own turns: how much of each kind of work is taken, how much may be, and whether a
+// warp is looking for more. `stored`: arrivals of consumers whose tile is in memory.
 struct BehindState {
-  int measured, merged, normalised, stored;
+  int measured, merged, normalised;
+  int stored, mergeable, normalisable;
+  int looking;
 };
 
 __device__ __forceinline__ int load_acquire(const int* p) {
@@ -40,6 +42,23 @@ __device__ __forceinline__ void arrive_release(int* p) {
   __threadfence();
   atomicAdd(p, 1);
 }
+
+// Counters of the columns of tiles, and of the blocks that are through. All are zero before a launch, and again after it.
+struct BatchCounters {
+  static constexpr int kEach = 2;
+  int* first;  // 1 + kEach a column
+
+  __device__ __forceinline__ int* arrived(int n) const { return first + 1 + kEach * n; }  // whose partials are there
+  __device__ __forceinline__ int* merged(int n) const { return first + 2 + kEach * n; }   // whose share of the maps is there
+  // By all threads of a block that waits for nothing any more: the last one sets everything back.
+  __device__ __forceinline__ void leave(int columns) const {
+    __shared__ bool last;
+    if (threadIdx.x == 0) last = atomicAdd(first, 1) == int(gridDim.x) - 1;
+    __syncthreads();
+    if (last)
+      for (int i = threadIdx.x; i < 1 + kEach * columns; i += blockDim.x) first[i] = 0;
+  }
+};
 
 // What the warps of a block work on: its tiles cluster, cluster + clusters, .. under `end`, of which consumers measure those
 // from `measured_end` on themselves.
@@ -64,7 +83,7 @@ class Behind {
 
   // Works until all there is to normalise is taken. By whole warps, in any number. NAP: ns between looks for work; MEASURE,
   // NORMALISE: accesses of a lane under way at once.
-  // Params: TrainState state, partials [ceil(rows / 64), columns], maps [columns], arrived and merged, one a column of tiles.
+  // Params: TrainState state, partials [ceil(rows / 64), columns], maps [columns], BatchCounters counters.
   template <unsigned NAP, int MEASURE, int NORMALISE, typename Params>
   static __device__ __forceinline__ void run(const BehindTiles& tiles, const Params& p, const Out* acc, Out* out,
                                              BehindState* state, int lane) {
@@ -72,7 +91,7 @@ class Behind {
     float2 maps[kSpans * kWide];
     for (;;) {
       int work = 0;
-      if (lane == 0) work = take<NAP>(tiles, p, state, current);
+      if (lane == 0) work = take<NAP>(tiles, p, state);
       work = __shfl_sync(0xffffffffu, work, 0);
       const int index = work >> 2;
       if ((work & 3) == kDone) return;
@@ -80,12 +99,12 @@ class Behind {
         const Tile tile = tiles.order.at(tiles.tile(index / CONSUMERS));
         measure<MEASURE / kSpans>(tiles, acc, p.partials, first_row(tiles, tile) + index % CONSUMERS * kPartialRows, tile.n * BN, lane);
         __syncwarp();
-        if (lane == 0) arrive_release(p.arrived + tile.n);
+        if (lane == 0) arrive_release(p.counters.arrived(tile.n));
       } else if ((work & 3) == kMerge) {
         const Tile tile = tiles.order.at(tiles.tile(index));
         merge_share(tiles, p, tile, lane);
         __syncwarp();
-        if (lane == 0) arrive_release(p.merged + tile.n);
+        if (lane == 0) arrive_release(p.counters.merged(tile.n));
       } else {
         if (index / kUnits != current) {
           current = index / kUnits;
@@ -130,24 +149,38 @@ class Behind {
 
   // By one lane: the next piece of work, index * 4 + kind. What others wait for comes first.
   template <unsigned NAP, typename Params>
-  static __device__ __forceinline__ int take(const BehindTiles& tiles, const Params& p, BehindState* state, int current) {
-    for (;; __nanosleep(NAP)) {
-      const int unit = load_shared(&state->normalised), turn = unit / kUnits, t = tiles.tile(turn);
-      if (t >= tiles.end) return kDone;
-      const int ready = load_shared(&state->stored) / CONSUMERS;
-      const int part = load_shared(&state->measured);
+  static __device__ __forceinline__ int take(const BehindTiles& tiles, const Params& p, BehindState* state) {
+    for (;;) {
+      const int unit = load_shared(&state->normalised), turn = unit / kUnits;
+      if (tiles.tile(turn) >= tiles.end) return kDone;
+      const int ready = load_shared(&state->stored) / CONSUMERS, part = load_shared(&state->measured);
+      const int share = load_shared(&state->merged);
       if (part / CONSUMERS < ready && tiles.tile(part / CONSUMERS) < tiles.measured_end) {
         if (claim(&state->measured, part)) return part << 2 | kMeasure;
-        continue;
-      }
-      const int share = load_shared(&state->merged), other = tiles.tile(share);
-      if (other < tiles.end && load_acquire(p.arrived + tiles.order.at(other).n) >= tiles.blocks() * CONSUMERS) {
+      } else if (share < load_shared(&state->mergeable)) {
         if (claim(&state->merged, share)) return share << 2 | kMerge;
-        continue;
-      }
-      if (turn == current || (turn < ready && load_acquire(p.merged + tiles.order.at(t).n) >= tiles.blocks()))
+      } else if (turn < min(ready, load_shared(&state->normalisable))) {
         if (claim(&state->normalised, unit)) return unit << 2 | kNormalise;
+      } else if (!look(tiles, p, state)) {
+        __nanosleep(NAP);
+      }
     }
+  }
+
+  // Whether there is more to merge or to normalise. One warp of a block looks at a time: at the end all blocks look at the
+  // same counters.
+  template <typename Params>
+  static __device__ __forceinline__ bool look(const BehindTiles& tiles, const Params& p, BehindState* state) {
+    if (atomicCAS_block(&state->looking, 0, 1) != 0) return false;
+    const int share = load_shared(&state->mergeable), turn = load_shared(&state->normalisable);
+    const int a = tiles.tile(share), b = tiles.tile(turn);
+    const bool merge = a < tiles.end && load_acquire(p.counters.arrived(tiles.order.at(a).n)) >= tiles.blocks() * CONSUMERS;
+    const bool normalise = b < tiles.end && turn < share && load_acquire(p.counters.merged(tiles.order.at(b).n)) >= tiles.blocks();
+    __threadfence_block();
+    if (merge) atomicAdd_block(&state->mergeable, 1);
+    if (normalise) atomicAdd_block(&state->normalisable, 1);
+    atomicExch_block(&state->looking, 0);
+    return merge || normalise;
   }
 
   // Columns n.. of kPartialRows rows. Sums are taken from the first row's value, so that nothing cancels for columns whose

@@ -83,7 +83,7 @@ __device__ __forceinline__ void finish_batch(uint32_t shared, uint8_t* storage,
   mbarrier_wait(shared + Layout::kColumnsFull, parity);
   using Exchange = BatchExchange<kBlockN, Mainloop::kConsumers>;
   const int blocks = problem.order.rows * Mainloop::kCluster, one = consumer * kWarpgroup + thread;
-  const Moments moments = Exchange::finish(p.state, p.partials, p.arrived + tile.n, blocks * Mainloop::kConsumers, known, maps,
+  const Moments moments = Exchange::finish(p.state, p.partials, p.counters.arrived(tile.n), blocks * Mainloop::kConsumers, known, maps,
                                            problem.rows, n, one);
 #pragma unroll
   for (int half = 0; half < Mainloop::kHalves; ++half)
@@ -193,7 +193,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
                                                    thread);
         }
       if constexpr (Epilogue::kBatch) {
-        if (thread == 0 && !measured_behind) arrive_release(problem.epilogue.arrived + tile.n);
+        if (thread == 0 && !measured_behind) arrive_release(problem.epilogue.counters.arrived(tile.n));
         sent = kBehind && t < problem.behind;
         if (sent) {
           Writer::template write<false>(Identity::Apply{}, acc[0], nullptr, staging, Epilogue::kKeep ? &map_kept : &map_out,
@@ -224,6 +224,10 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   }
   // A block's shared memory must outlive its neighbours' multicasts and arrivals.
   if constexpr (kCluster > 1) cluster_sync();
+  if constexpr (Epilogue::kBatch) {
+    if constexpr (kCluster == 1) __syncthreads();
+    problem.epilogue.counters.leave(problem.order.columns);
+  }
 #endif
 }
 
