@@ -67,6 +67,21 @@ class Branching(nn.Module):
         return self.second(self.first(x))
 
 
+class Holder(nn.Module):
+    """A child that matches, inside a forward given as a function of (self, ...)."""
+
+    def __init__(self, **attributes) -> None:
+        super().__init__()
+        self.block = Halved()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def module(forward, **attributes) -> nn.Module:
+    """A module with this forward and a `block` that matches linear → relu → / 2."""
+    return type("Case", (Holder,), {"forward": forward, "__module__": __name__})(**attributes)
+
+
 # --- what they are checked with ----------------------------------------------------------------------------------
 
 
@@ -177,6 +192,11 @@ def check(model: nn.Module, *args: Any, example: Any = None, modes=(True, False,
 
 def patterns_in(fused: Any) -> list[str]:
     return sorted(r.pattern for r in fxfuse.report(fused).replacements)
+
+
+def reason_of(fused) -> str:
+    """Why the model itself could not be traced."""
+    return next(u.reason for u in fxfuse.report(fused).untraceable if u.where == "")
 
 
 # --- blocks as real models have them -----------------------------------------------------------------------------
