@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import ops
+from fxfuse.bench import rivals
 from fxfuse.kernels import gemm
 from fxfuse.rewrite import Fuel
 
@@ -362,6 +363,22 @@ def _small_steps_take_the_kernels(request: pytest.FixtureRequest, monkeypatch: p
     """On a GPU a small training step goes by eager's own operations; the tests are small and want the kernels."""
     if "cuda" in request.keywords and "launches_count" not in request.keywords:
         monkeypatch.setattr(gemm, "_LAUNCH_US", 0.0)
+
+
+# --- fixtures of several files -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plant_rival(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
+    """Adds a rival to the bench for one test: plant_rival(name, prepare)."""
+
+    def plant(name: str, prepare: Any) -> None:
+        monkeypatch.setitem(rivals.RIVALS, name, rivals.Rival(name, name, prepare))
+
+    return plant
+
+
+# --- tests on a GPU ------------------------------------------------------------------------------------------------
 
 
 def why_no_cuda() -> str | None:
