@@ -31,6 +31,8 @@ import fxfuse
 from fxfuse import ops
 from fxfuse.bench import rivals
 from fxfuse.kernels import gemm
+from fxfuse.ops import linear_scale_batchnorm1d as bn_file
+from fxfuse.ops._road import Road
 from fxfuse.rewrite import Fuel
 
 torch.set_num_threads(1)
@@ -376,6 +378,20 @@ def plant_rival(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
         monkeypatch.setitem(rivals.RIVALS, name, rivals.Rival(name, name, prepare))
 
     return plant
+
+
+@pytest.fixture
+def closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call that may takes the closed form: no shortcut for small tensors, none for training on the CPU."""
+    for name in ops.names():
+        monkeypatch.setattr(ops.get(name), "direct", None)
+    batchnorm, own = bn_file.OP, bn_file.OP._road
+
+    def road(*args: Any) -> Road:
+        found = own(*args)
+        return bn_file.CLOSED if found.why.startswith("no kernel") else found
+
+    monkeypatch.setattr(batchnorm, "_road", road)
 
 
 # --- tests on a GPU ------------------------------------------------------------------------------------------------
