@@ -127,29 +127,20 @@ def check_distillation(checks: Checks, shapes, roads=(0,), kinds=("plain",)) -> 
             for _ in range(2):
                 poisoned(rows, vocab, dtype=dtype)
             try:
-                ours = distillation(
-                    s,
-                    t,
-                    ts=ts,
-                    tt=tt,
-                    scale=ts * tt,
-                    factor=1 / rows,
-                    log_target=lt,
-                    road=road,
-                    grad_s=grads[0],
-                    grad_t=grads[1],
-                )
-                again = distillation(
-                    s,
-                    t,
-                    ts=ts,
-                    tt=tt,
-                    scale=ts * tt,
-                    factor=1 / rows,
-                    log_target=lt,
-                    road=road,
-                    grad_s=grads[0],
-                    grad_t=grads[1],
+                ours, again = (
+                    distillation(
+                        s,
+                        t,
+                        ts=ts,
+                        tt=tt,
+                        scale=ts * tt,
+                        factor=1 / rows,
+                        log_target=lt,
+                        road=road,
+                        grad_s=grads[0],
+                        grad_t=grads[1],
+                    )
+                    for _ in range(2)
                 )
             except RuntimeError as error:
                 if "InvalidValue" in str(error):  # the road named does not take this shape
