@@ -217,14 +217,11 @@ def test_blocks_need_no_memory_of_the_inputs_size() -> None:
 
 def test_import_is_lazy() -> None:
     code = """
-import sys, torch, time
-start = time.perf_counter()
+import sys
 import fxfuse.ops
-spent = time.perf_counter() - start
 assert fxfuse.ops.names() and "fxfuse.ops.kl_div" not in sys.modules
 fxfuse.ops.get("kl_div")
-assert "fxfuse.kernels.loader" not in sys.modules or not sys.modules["fxfuse.kernels.loader"].__dict__.get("_library")
-print(spent)
+assert "fxfuse.kernels.loader" not in sys.modules or sys.modules["fxfuse.kernels.loader"]._loaded is None
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
