@@ -52,6 +52,16 @@ class BatchExchange {
     return m;
   }
 
+  // Waits for `expected` blocks, then brings the maps [columns] that they merged to shared memory.
+  static __device__ __forceinline__ void fetch(const int* merged, int expected, const float2* merged_maps, float2* maps,
+                                               int columns, int n, int thread) {
+    if (thread % kWarpgroup == 0)
+      while (load_acquire(merged) < expected) __nanosleep(100);
+    named_barrier<kThreads>(kBarrier);
+    if (thread < BN && n + thread < columns) maps[thread] = __ldcg(merged_maps + n + thread);
+    named_barrier<kThreads>(kBarrier);
+  }
+
   // The column's statistics for whoever comes later: each of the `blocks` of a column of tiles has its share of them.
   static __device__ __forceinline__ void record(const TrainState& state, const float4* known, const Moments& m, int n, int block,
                                                 int blocks, int thread) {

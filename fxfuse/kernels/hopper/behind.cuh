@@ -1,5 +1,5 @@
 // Statistics and normalisation behind the tensor cores: while a block computes its next tiles, three warps beside them work
-// on the ones that it has written; when its last tile is done, all warps help.
+// on the ones that it has written; when its last tile is done, which it keeps in its accumulators, all warps help.
 //
 //   consumers   a tile of acc goes to memory, and nothing else
 //   any warp    kPartialRows rows of a tile in memory: their columns' statistics to `partials`; an arrival at the column of tiles
@@ -60,11 +60,11 @@ struct BatchCounters {
   }
 };
 
-// What the warps of a block work on: its tiles cluster, cluster + clusters, .. under `end`, of which consumers measure those
-// from `measured_end` on themselves.
+// What the warps of a block work on: its tiles cluster, cluster + clusters, .. under `end`, and its shares of the columns of
+// those under `share_end`.
 struct BehindTiles {
   TileOrder order;
-  int end, measured_end, cluster, clusters, rank, cluster_size, rows, columns;
+  int end, share_end, cluster, clusters, rank, cluster_size, rows, columns;
 
   __device__ __forceinline__ int tile(int turn) const { return cluster + turn * clusters; }
   __device__ __forceinline__ int blocks() const { return order.rows * cluster_size; }  // of a column of tiles
@@ -81,7 +81,7 @@ class Behind {
     atomicAdd_block(&state->stored, 1);
   }
 
-  // Works until all there is to normalise is taken. By whole warps, in any number. NAP: ns between looks for work; MEASURE,
+  // Works until all there is to merge and to normalise is taken. By whole warps, in any number. NAP: ns between looks for work; MEASURE,
   // NORMALISE: accesses of a lane under way at once.
   // Params: TrainState state, partials [ceil(rows / 64), columns], maps [columns], BatchCounters counters.
   template <unsigned NAP, int MEASURE, int NORMALISE, typename Params>
@@ -152,10 +152,10 @@ class Behind {
   static __device__ __forceinline__ int take(const BehindTiles& tiles, const Params& p, BehindState* state) {
     for (;;) {
       const int unit = load_shared(&state->normalised), turn = unit / kUnits;
-      if (tiles.tile(turn) >= tiles.end) return kDone;
-      const int ready = load_shared(&state->stored) / CONSUMERS, part = load_shared(&state->measured);
       const int share = load_shared(&state->merged);
-      if (part / CONSUMERS < ready && tiles.tile(part / CONSUMERS) < tiles.measured_end) {
+      if (tiles.tile(turn) >= tiles.end && tiles.tile(share) >= tiles.share_end) return kDone;
+      const int ready = load_shared(&state->stored) / CONSUMERS, part = load_shared(&state->measured);
+      if (part / CONSUMERS < ready && tiles.tile(part / CONSUMERS) < tiles.end) {
         if (claim(&state->measured, part)) return part << 2 | kMeasure;
       } else if (share < load_shared(&state->mergeable)) {
         if (claim(&state->merged, share)) return share << 2 | kMerge;
@@ -174,7 +174,7 @@ class Behind {
     if (atomicCAS_block(&state->looking, 0, 1) != 0) return false;
     const int share = load_shared(&state->mergeable), turn = load_shared(&state->normalisable);
     const int a = tiles.tile(share), b = tiles.tile(turn);
-    const bool merge = a < tiles.end && load_acquire(p.counters.arrived(tiles.order.at(a).n)) >= tiles.blocks() * CONSUMERS;
+    const bool merge = a < tiles.share_end && load_acquire(p.counters.arrived(tiles.order.at(a).n)) >= tiles.blocks() * CONSUMERS;
     const bool normalise = b < tiles.end && turn < share && load_acquire(p.counters.merged(tiles.order.at(b).n)) >= tiles.blocks();
     __threadfence_block();
     if (merge) atomicAdd_block(&state->mergeable, 1);
@@ -249,6 +249,8 @@ class Behind {
     while (width > 1 && width / 2 >= last - first) width /= 2;
     for (int base = first; base < last; base += width) {
       const int c = base + lane % width;
+      TrainState::Known known{};
+      if (lane < width && c < last) known = p.state.known(c);  // loads overlap
       Moments m{0.f, 0.f, 0.f};
 #pragma unroll 8
       for (int b = lane / width; b < partials; b += kWarp / width) {
@@ -261,7 +263,6 @@ class Behind {
         m = merge(m, other);
       }
       if (lane < width && c < last) {
-        const TrainState::Known known = p.state.known(c);
         const ColumnMap map = p.state.map(known, m);
         p.maps[c] = {map.g, fmaf(map.e, map.g, map.b)};
         p.state.record(c, known, m);

@@ -41,7 +41,7 @@ struct Problem {
   int rows;      // M
   int columns;   // N
   int k_blocks;  // of Mainloop::kBlockK
-  int behind;    // tiles under this one are normalised behind the tensor cores (behind.cuh)
+  int behind;    // the statistics of tiles under this one are merged behind the tensor cores (behind.cuh)
   const void* acc;  // where those are read, and where they go
   void* out;
   typename Epilogue::Params epilogue;
@@ -61,37 +61,42 @@ __device__ __forceinline__ void statistics(uint8_t* storage, const float (&acc)[
                                              problem.rows, problem.columns, thread, 1 + consumer);
 }
 
-// The rest of a tile whose epilogue needs the statistics of the whole batch, from its accumulators (batch.cuh).
-template <typename Mainloop, typename Epilogue, typename Writer>
+// The rest of a block's last tile, or with a mainloop that prepares of any tile, whose epilogue needs the statistics of the
+// whole batch: from its accumulators, by batch.cuh. EXCHANGED: the tile's columns are in this round, and each block merges
+// their statistics; else the warps behind the tensor cores do.
+template <bool EXCHANGED, typename Mainloop, typename Epilogue, typename Writer>
 __device__ __forceinline__ void finish_batch(uint32_t shared, uint8_t* storage,
                                              float (&acc)[Mainloop::kHalves][Mainloop::kAccumulators],
                                              const Problem<Mainloop, Epilogue>& problem, const CUtensorMap* map_out,
                                              const CUtensorMap* map_kept, const Tile& tile, int m, int n, int consumer,
                                              int thread, uint32_t parity) {
   using Layout = SharedLayout<Mainloop, Writer, Epilogue>;
-  constexpr int kBlockN = Mainloop::kBlockN;
+  using Exchange = BatchExchange<Mainloop::kBlockN, Mainloop::kConsumers>;
   const auto& p = problem.epilogue;
   const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
   float2* const maps = reinterpret_cast<float2*>(storage + Layout::kMaps);
   const auto* const known = reinterpret_cast<const float4*>(storage + Layout::kColumns);
-  if constexpr (Epilogue::kKeep) {
+  const int blocks = problem.order.rows * Mainloop::kCluster, one = consumer * kWarpgroup + thread;
+  const auto write = [&](auto columns, const auto& apply, const CUtensorMap* map) {
 #pragma unroll
     for (int half = 0; half < Mainloop::kHalves; ++half)
-      Writer::template write<false>(Identity::Apply{}, acc[half], maps, staging, map_kept, m + Mainloop::row(consumer, half),
-                                    n, thread, 1 + consumer);
+      Writer::template write<decltype(columns)::value>(apply, acc[half], maps, staging, map,
+                                                       m + Mainloop::row(consumer, half), n, thread, 1 + consumer);
+  };
+  if constexpr (Epilogue::kKeep) write(std::false_type{}, Identity::Apply{}, map_kept);
+  const auto normalise = [](float x, float2 c) { return fmaf(x, c.x, c.y); };
+  if constexpr (EXCHANGED) {
+    mbarrier_wait(shared + Layout::kColumnsFull, parity);
+    const Moments moments = Exchange::finish(p.state, p.partials, p.counters.arrived(tile.n), blocks * Mainloop::kConsumers,
+                                             known, maps, problem.rows, n, one);
+    write(std::true_type{}, normalise, map_out);
+    Exchange::record(p.state, known, moments, n, m / Mainloop::kBlockM, blocks, one);
+    named_barrier<kWarpgroup>(1 + consumer);
+    if (thread == 0) mbarrier_arrive(shared + Layout::kColumnsEmpty);
+  } else {
+    Exchange::fetch(p.counters.merged(tile.n), blocks, p.maps, maps, problem.columns, n, one);
+    write(std::true_type{}, normalise, map_out);
   }
-  mbarrier_wait(shared + Layout::kColumnsFull, parity);
-  using Exchange = BatchExchange<kBlockN, Mainloop::kConsumers>;
-  const int blocks = problem.order.rows * Mainloop::kCluster, one = consumer * kWarpgroup + thread;
-  const Moments moments = Exchange::finish(p.state, p.partials, p.counters.arrived(tile.n), blocks * Mainloop::kConsumers, known, maps,
-                                           problem.rows, n, one);
-#pragma unroll
-  for (int half = 0; half < Mainloop::kHalves; ++half)
-    Writer::template write<true>([](float x, float2 c) { return fmaf(x, c.x, c.y); }, acc[half], maps, staging, map_out,
-                                 m + Mainloop::row(consumer, half), n, thread, 1 + consumer);
-  Exchange::record(p.state, known, moments, n, m / Mainloop::kBlockM, blocks, one);
-  named_barrier<kWarpgroup>(1 + consumer);
-  if (thread == 0) mbarrier_arrive(shared + Layout::kColumnsEmpty);
 }
 
 template <typename Mainloop, typename Epilogue, typename Out, int BUFFERS>
@@ -121,8 +126,8 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   BehindState* const behind = reinterpret_cast<BehindState*>(storage + Layout::kBehind);
   const Out* const written = static_cast<const Out*>(problem.acc);
   Out* const normalised = static_cast<Out*>(problem.out);
-  const BehindTiles work{problem.order, problem.behind, min(problem.behind, tiles - clusters), cluster,      clusters,
-                         int(rank),     kCluster,       problem.rows,                          problem.columns};
+  const BehindTiles work{problem.order, min(problem.behind, tiles - clusters), problem.behind, cluster, clusters,
+                         int(rank),     kCluster,                              problem.rows,   problem.columns};
 
   if (threadIdx.x == 0) {
     if constexpr (kBehind) *behind = {};
@@ -184,23 +189,27 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
       else
         Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster, Nothing{});
       Mainloop::repair(problem.mainloop, acc, m, n, consumer, thread);
-      const bool measured_behind = kBehind && t < work.measured_end;
+      const bool left = kBehind && t < work.end;  // to the warps behind the tensor cores
       if constexpr (Epilogue::kStatistics)
-        if (!measured_behind) {
+        if (!left) {
 #pragma unroll
           for (int half = 0; half < Mainloop::kHalves; ++half)
             statistics<Mainloop, Epilogue, Writer>(storage, acc[half], problem, m + Mainloop::row(consumer, half), n, consumer,
                                                    thread);
         }
       if constexpr (Epilogue::kBatch) {
-        if (thread == 0 && !measured_behind) arrive_release(problem.epilogue.counters.arrived(tile.n));
-        sent = kBehind && t < problem.behind;
-        if (sent) {
+        if (thread == 0 && !left) arrive_release(problem.epilogue.counters.arrived(tile.n));
+        sent = left;
+        if (left) {
           Writer::template write<false>(Identity::Apply{}, acc[0], nullptr, staging, Epilogue::kKeep ? &map_kept : &map_out,
                                         m + Mainloop::row(consumer, 0), n, thread, barrier);
+        } else if (t < problem.behind) {
+          if constexpr (kBehind)
+            finish_batch<false, Mainloop, Epilogue, Writer>(shared, storage, acc, problem, &map_out, &map_kept, tile, m, n,
+                                                            consumer, thread, parity);
         } else {
-          finish_batch<Mainloop, Epilogue, Writer>(shared, storage, acc, problem, &map_out, &map_kept, tile, m, n, consumer,
-                                                   thread, parity);
+          finish_batch<true, Mainloop, Epilogue, Writer>(shared, storage, acc, problem, &map_out, &map_kept, tile, m, n,
+                                                         consumer, thread, parity);
           parity ^= 1;
         }
       } else {
