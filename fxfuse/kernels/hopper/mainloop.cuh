@@ -104,30 +104,37 @@ struct DirectMainloop {
                                                  float (&accumulators)[1][kAccumulators], int, int, int blocks,
                                                  int warpgroup, int thread, bool first, const Meanwhile& meanwhile) {
     float(&acc)[kAccumulators] = accumulators[0];
-    const int soon = min(kSoon, blocks) - 1;
     const int start_other = STAGGER > 0 && first ? (blocks < STAGGER ? blocks : STAGGER) - 1 : -1;
     if (STAGGER > 0 && first && warpgroup == 1) named_barrier<2 * kWarpgroup>(kStaggerBarrier);
     const uint64_t a = matrix_descriptor(shared + warpgroup * kInstructionM * kRowBytes);
     const uint64_t b = matrix_descriptor(shared + kBytesA);
     int previous = 0;
-    for (int k = 0; k < blocks; ++k, ring.advance()) {
-      const uint64_t offset = ring.stage() * (kStageBytes >> 4);
-      ring.wait_filled();
-      wgmma_pin(acc);
-      wgmma_fence();
+    const auto multiply = [&](int from, int to) {
+      for (int k = from; k < to; ++k, ring.advance()) {
+        const uint64_t offset = ring.stage() * (kStageBytes >> 4);
+        ring.wait_filled();
+        wgmma_pin(acc);
+        wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < kRowBytes / kInstructionBytes; ++step) {
-        const uint64_t along = offset + step * (kInstructionBytes >> 4);
-        Wgmma<Element>::multiply(acc, a + along, b + along, k > 0 || step > 0);
+        for (int step = 0; step < kRowBytes / kInstructionBytes; ++step) {
+          const uint64_t along = offset + step * (kInstructionBytes >> 4);
+          Wgmma<Element>::multiply(acc, a + along, b + along, k > 0 || step > 0);
+        }
+        wgmma_commit();
+        wgmma_pin(acc);
+        wgmma_wait<1>();
+        if (STAGGER > 0 && k == start_other && warpgroup == 0) named_barrier_arrive<2 * kWarpgroup>(kStaggerBarrier);
+        if (k > 0) ring.release(previous, thread);
+        previous = ring.stage();
       }
-      wgmma_commit();
-      wgmma_pin(acc);
-      wgmma_wait<1>();
-      if (STAGGER > 0 && k == start_other && warpgroup == 0) named_barrier_arrive<2 * kWarpgroup>(kStaggerBarrier);
-      if (k > 0) ring.release(previous, thread);
-      previous = ring.stage();
-      if constexpr (!std::is_same_v<Meanwhile, Nothing>)
-        if (k == soon) meanwhile();
+    };
+    if constexpr (std::is_same_v<Meanwhile, Nothing>) {
+      multiply(0, blocks);
+    } else {
+      const int soon = min(kSoon, blocks);
+      multiply(0, soon);
+      meanwhile();
+      multiply(soon, blocks);
     }
     wgmma_wait<0>();
     wgmma_pin(acc);
