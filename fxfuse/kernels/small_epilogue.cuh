@@ -1,0 +1,101 @@
+// What stands behind a small product: bias, activation and factors; BatchNorm by running statistics; BatchNorm by the
+// batch's. Each thread has its sums of one column in registers, so a column's numbers are fetched once.
+//
+// Training needs a column's mean before it needs the squares of the distances from it: two rounds through shared memory,
+// from the float32 sums, in a fixed order. Nothing is squared that has not been centred.
+#pragma once
+
+#include "activation.cuh"
+#include "batchnorm_columns.cuh"
+#include "small_gemm.cuh"
+
+namespace fxfuse::small {
+
+// scale * act(pre_scale * (acc + b))
+template <bool FAST>
+struct ActivationEpilogue {
+  ColumnVector bias;
+  int activation;
+  float alpha, beta, pre_scale, scale;
+
+  using Column = float;
+  __device__ __forceinline__ Column column(int64_t n) const { return bias.at(n, 0.f); }
+  template <typename Tile>
+  __device__ __forceinline__ void finish(float (&v)[Tile::kRows], Column b, const Place&, float*) const {
+    with_activation<FAST>(activation, alpha, beta, [&](auto act) {
+#pragma unroll
+      for (int i = 0; i < Tile::kRows; ++i) v[i] = scale * act.value(pre_scale * (v[i] + b));
+    });
+  }
+};
+
+// acc * x + y, folded in float64 where results are float32's (float64 is what the fold costs, once a column), in float32
+// where the product is rounded far more coarsely.
+template <bool FAST>
+struct EvalEpilogue {
+  EvalColumns columns;
+
+  using Column = float2;
+  __device__ __forceinline__ Column column(int64_t n) const {
+    if constexpr (!FAST) return columns.folded(n);
+    const ColumnMap map = columns.at(n);
+    return {map.s * map.g, fmaf(map.e, map.g, map.b)};
+  }
+  template <typename Tile>
+  __device__ __forceinline__ void finish(float (&v)[Tile::kRows], Column c, const Place&, float*) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i) v[i] = fmaf(v[i], c.x, c.y);
+  }
+};
+
+// gamma * s * rstd * (acc - mean) + beta; the running statistics and the count of batches move on.
+struct TrainEpilogue {
+  TrainState state;
+  int64_t* batches;  // null: not counted
+
+  using Column = TrainState::Known;
+  __device__ __forceinline__ Column column(int64_t n) const { return state.known(n); }
+  template <typename Tile>
+  __device__ __forceinline__ void finish(float (&v)[Tile::kRows], Column known, const Place& p, float* shared) const {
+    const float rows = float(p.rows);
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i)
+      if (p.first + i * Tile::kRowStep < p.rows) sum += v[i];
+    const float mean = total<Tile>(sum, p, shared) / rows;
+    float squares = 0.f, left = 0.f;
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i) {
+      const float d = v[i] - mean;
+      if (p.first + i * Tile::kRowStep < p.rows) {
+        squares = fmaf(d, d, squares);
+        left += d;
+      }
+    }
+    squares = total<Tile>(squares, p, shared);
+    left = total<Tile>(left, p, shared);
+    const float rest = left / rows, m2 = squares - left * rest;  // rest: what rounding left out of the mean
+    const Moments m{rows, mean, m2 < 0.f ? 0.f : m2};            // max would turn NaN into 0
+    if (!p.inside) return;
+    const ColumnMap map = state.map(known, m, rest);
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i) v[i] = map(v[i]);
+    if (p.first == 0) state.record(p.column, known, m, rest);
+    if (p.column == 0 && p.first == 0 && batches != nullptr) *batches += 1;
+  }
+
+ private:
+  // The sum over the block's threads of one column; every one of them gets it.
+  template <typename Tile>
+  static __device__ __forceinline__ float total(float x, const Place& p, float* shared) {
+    __syncthreads();
+    shared[p.first * Tile::BN + p.lane] = x;
+    __syncthreads();
+    float sum = shared[p.lane];
+#pragma unroll
+    for (int r = 1; r < Tile::kRowStep; ++r) sum += shared[r * Tile::BN + p.lane];
+    return sum;
+  }
+};
+
+}  // namespace fxfuse::small
