@@ -36,6 +36,7 @@ __all__ = [
 #: graphs kept per module; a forward called in more ways than this runs its own Python for the rest
 MOST_VARIANTS = 16
 _ATTRIBUTE = "_fxfuse_plan"
+_ONE_TENSOR = (TENSOR,)
 
 
 @dataclass
@@ -79,7 +80,10 @@ class Plan:
             values = signature.bind(args, kwargs)
         if values is None or hooked_everywhere():
             return _as_written(owner, original, args, kwargs)
-        kinds = tuple([TENSOR if isinstance(v, torch.Tensor) else kind_of(v) for v in values])
+        if len(values) == 1 and type(values[0]) is torch.Tensor:  # nearly every call
+            kinds: tuple[Any, ...] = _ONE_TENSOR
+        else:
+            kinds = tuple([TENSOR if isinstance(v, torch.Tensor) else kind_of(v) for v in values])
         for variant in self.variants.get(kinds, ()):
             if variant.holds(owner):
                 break
@@ -90,6 +94,8 @@ class Plan:
             variant = found
         if variant.run is None:
             return _as_written(owner, original, args, kwargs)
+        if kinds is _ONE_TENSOR:
+            return variant.run(owner, values[0])
         return variant.run(owner, *[v for v, k in zip(values, kinds, strict=False) if k is TENSOR or k is NUMBER])
 
     def _another(self, owner: Any, kinds: tuple[Any, ...], values: Sequence[Any]) -> Variant | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,13 @@ __all__ = [
     "FLOAT32",
     "float32_off",
     "float32_on_tensor_cores",
+    "float32_settings",
     "ieee",
     "is_hopper",
     "launches_dominate",
     "rows",
+    "small_pays",
+    "small_unaligned_pays",
     "tf32_allowed",
     "why_not_kernels",
     "why_not_product",
@@ -37,20 +41,34 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def _switch(name: str) -> str:
+    """An environment variable as it is now, "" where it is not set."""
+    if _environment is None:
+        return os.environ.get(name, "")
+    return _environment.get(os.fsencode(name), b"").decode()
+
+
+# os.environ's own table of bytes: asked at every call, and os.environ takes ten times as long to answer.
+_environment: dict[bytes, bytes] | None = getattr(os.environ, "_data", None) if os.name == "posix" else None
+
+
 def is_hopper(device: torch.device) -> bool:
     """Compute capability 9.0, unless FXFUSE_PORTABLE says to act as on 8.0."""
-    return _capability(device.index) == (9, 0) and os.environ.get("FXFUSE_PORTABLE", "0") in ("", "0")
+    return _capability(device.index) == (9, 0) and _switch("FXFUSE_PORTABLE") in ("", "0")
+
+
+_precision = torch._C._get_fp32_precision_getter
 
 
 def tf32_allowed() -> bool:
     """Whether the user lets float32 products be computed in TF32."""
-    matmul = torch.backends.cuda.matmul
-    precision = getattr(matmul, "fp32_precision", None)  # the older setting may not be read once this one was written
-    if precision is None:
-        return bool(matmul.allow_tf32)
-    if precision == "none":  # as for all backends
-        precision = getattr(torch.backends, "fp32_precision", "ieee")
-    return bool(precision == "tf32")
+    precision = _precision("cuda", "matmul")
+    return bool((_precision("generic", "all") if precision == "none" else precision) == "tf32")
+
+
+def float32_settings() -> tuple[Any, ...]:
+    """Everything but the tensors that decides how float32 products are computed."""
+    return _precision("cuda", "matmul"), _precision("generic", "all"), _switch("FXFUSE_FLOAT32")
 
 
 def ieee(x: Tensor) -> bool:
@@ -60,7 +78,7 @@ def ieee(x: Tensor) -> bool:
 
 def float32_off() -> bool:
     """FXFUSE_FLOAT32=library: products in IEEE float32 stay with the library."""
-    return os.environ.get("FXFUSE_FLOAT32", "") == "library"
+    return _switch("FXFUSE_FLOAT32") == "library"
 
 
 def float32_on_tensor_cores(x: Tensor) -> bool:
@@ -133,6 +151,24 @@ def pays(m: int, n: int, k: int) -> bool:
 def float32_pays(m: int, n: int, k: int) -> bool:
     """The same for products in IEEE float32, over twice as fast by the tensor cores (see docs/float32.md)."""
     return m >= 128 and k >= 256 and -(-m // 128) * -(-n // 128) >= 80
+
+
+def small_pays(m: int, n: int, k: int, size: int, exact: bool, training: bool) -> bool:
+    """Whether ``small_gemm`` is expected to be at least as fast on the GPU as the library's product and a pass behind
+    it: again a rule drawn from measured sizes.
+
+    size: bytes of an element of x. exact: IEEE float32, by multiply-adds. training: one block sees all rows.
+    """
+    if m > 256 or k > 4096 or n > 65536:
+        return False
+    if exact:
+        return m * n * k <= 1 << 28
+    return m * n * k <= 1 << 30
+
+
+def small_unaligned_pays(m: int, n: int, k: int) -> bool:
+    """The same where rows do not start at multiples of 16 bytes and come an element at a time."""
+    return m * n * k <= 1 << 24
 
 
 _LAUNCH_US = 250.0  # what a training step of a fused op costs the host, above what eager's own backward costs it

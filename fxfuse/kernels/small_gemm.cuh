@@ -207,7 +207,10 @@ struct Accumulators<Tile, Kind, false> {  // lanes: 8 rows x 4 columns, each wit
   static constexpr int kM = Tile::kWarpM / 8, kN = Tile::kWarpN / 4;
   float d[kM][kN] = {};
 
+  // A stage is summed by itself: chains of 16 or 32 products and then of stages, as exact as a library's product of one
+  // row, which hundreds of threads share out.
   __device__ __forceinline__ void add(const char* a, const char* b) {
+    float part[kM][kN] = {};
     const int lane = threadIdx.x % kWarp;
     const char* left = a + lane / 4 * Tile::kPitch;
     const char* right = b + lane % 4 * Tile::kPitch;
@@ -221,13 +224,17 @@ struct Accumulators<Tile, Kind, false> {  // lanes: 8 rows x 4 columns, each wit
         const float4 w = *reinterpret_cast<const float4*>(right + j * 4 * Tile::kPitch + k);
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
-          d[i][j] = fmaf(x[i].x, w.x, d[i][j]);
-          d[i][j] = fmaf(x[i].y, w.y, d[i][j]);
-          d[i][j] = fmaf(x[i].z, w.z, d[i][j]);
-          d[i][j] = fmaf(x[i].w, w.w, d[i][j]);
+          part[i][j] = fmaf(x[i].x, w.x, part[i][j]);
+          part[i][j] = fmaf(x[i].y, w.y, part[i][j]);
+          part[i][j] = fmaf(x[i].z, w.z, part[i][j]);
+          part[i][j] = fmaf(x[i].w, w.w, part[i][j]);
         }
       }
     }
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int j = 0; j < kN; ++j) d[i][j] += part[i][j];
   }
   __device__ __forceinline__ void store(float* sums) const {
     const int lane = threadIdx.x % kWarp;

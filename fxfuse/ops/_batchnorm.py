@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxfuse.kernels import gemm
+from fxfuse.kernels import gemm, small_gemm
 from fxfuse.kernels import linear_scale_batchnorm1d as kernels
 
 from .linear_activation_scale import linear_backward
@@ -74,6 +74,8 @@ def kernel_evaluation(
 ) -> Tensor:
     assert mean is not None and var is not None
     mean, var = mean.contiguous(), var.contiguous()
+    if small_gemm.why_not(x, weight) is None:
+        return small_gemm.batchnorm(x, weight, c, mean, var, out_dtype, training=False)(x)
     if gemm.why_not_product(x, weight) is None:
         return kernels.eval_product(x, weight, c, mean, var, out_dtype)
     acc = F.linear(x, weight)
@@ -97,9 +99,13 @@ def kernel_training(
     mean, var = running_mean, running_var
     if mean is not None and var is not None and not (update and mean.is_contiguous() and var.is_contiguous()):
         mean, var = mean.clone(memory_format=torch.contiguous_format), var.clone(memory_format=torch.contiguous_format)
-    product = gemm.why_not_product(x, weight) is None
-    done = None
-    if product and kernels.one_kernel(x, out_dtype):
+    small = not keep and small_gemm.why_not(x, weight, training=True) is None
+    product = not small and gemm.why_not_product(x, weight) is None
+    done: tuple[Tensor, Tensor | None, Tensor] | None = None
+    if small:
+        out = small_gemm.batchnorm(x, weight, c, mean, var, out_dtype, training=True, momentum=momentum)(x)
+        done = out, None, out
+    elif product and kernels.one_kernel(x, out_dtype):
         done = kernels.train(x, weight, c, mean, var, momentum, keep)
     if done is not None:
         out, acc, saved = done

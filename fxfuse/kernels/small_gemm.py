@@ -1,0 +1,203 @@
+"""Calls into ``small_gemm.cu``: a product of few rows with everything behind it, in one launch.
+
+What does not change from call to call is handed over once, as a structure (:class:`Launch` keeps it); a call is then a
+result's memory and four pointers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxfuse.kernels import gemm
+from fxfuse.kernels.abi import DTYPE_CODE, PTR, pointer
+from fxfuse.kernels.loader import KernelError, library
+
+if TYPE_CHECKING:
+    from fxfuse.kernels.linear_activation_scale import Act
+    from fxfuse.kernels.linear_scale_batchnorm1d import Columns
+
+__all__ = ["ONE_LAUNCH", "Launch", "activation", "batchnorm", "may_pay", "why_not"]
+
+#: For a person: why products of few rows go their own way.
+ONE_LAUNCH = "a product this small takes one launch, which a call like one made before goes to at once"
+
+_ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
+_I64, _FLOAT = ctypes.c_int64, ctypes.c_float
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = [("data", PTR), ("code", _I64)]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        ("weight", PTR), ("m", _I64), ("n", _I64), ("k", _I64), ("pitch_x", _I64), ("pitch_w", _I64),
+        ("dtype", _I64), ("out_dtype", _I64), ("ieee", _I64), ("device", _I64),
+    ]  # fmt: skip
+
+
+class _ActivationCall(ctypes.Structure):
+    _fields_ = [
+        ("product", _Product), ("bias", _Vector), ("activation", _I64),
+        ("alpha", _FLOAT), ("beta", _FLOAT), ("pre_scale", _FLOAT), ("scale", _FLOAT),
+    ]  # fmt: skip
+
+
+class _BatchNormCall(ctypes.Structure):
+    _fields_ = [
+        ("product", _Product),
+        *[(name, _Vector) for name in ("bias", "scale", "divisor", "gamma", "beta", "running_mean", "running_var")],
+        ("batches", PTR), ("training", _I64), ("multiplier", _FLOAT), ("eps", _FLOAT), ("momentum", _FLOAT),
+    ]  # fmt: skip
+
+
+class _Functions(NamedTuple):
+    activation: Callable[..., int]
+    batchnorm: Callable[..., int]
+
+
+@functools.lru_cache(maxsize=1)
+def _functions() -> _Functions:
+    found = library()
+    assert found is not None, "asked for before the kernels were there"
+    arguments = [PTR, PTR, PTR, PTR]
+    return _Functions(
+        found.raw("fxfuse_small_linear_activation_scale", arguments),
+        found.raw("fxfuse_small_linear_scale_batchnorm1d", arguments),
+    )
+
+
+class Launch:
+    """A kernel with all its arguments but x: ``launch(x)`` gives the result. x is as it was when this was made, in
+    everything but its memory's address; the memory of all other tensors stays where it was, and alive."""
+
+    __slots__ = ("_address", "_call", "_device", "_dtype", "_function", "_shape", "_strides")
+
+    def __init__(self, function: Callable[..., int], call: ctypes.Structure, x: Tensor, n: int, dtype: torch.dtype):
+        self._function, self._call, self._address = function, call, ctypes.addressof(call)
+        self._shape, self._dtype, self._device = (*x.shape[:-1], n), dtype, x.get_device()
+        self._strides = tuple(math.prod(self._shape[i + 1 :]) for i in range(len(self._shape)))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = _allocate(self._shape, self._strides, self._dtype, self._device)
+        code = self._function(self._address, x.data_ptr(), out.data_ptr(), _stream(self._device))
+        if code:
+            found = library()
+            raise KernelError(f"small product: {found.error(code) if found else code}", code)
+        return out
+
+
+def _allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:
+    """An uninitialised tensor; by the way of Inductor's own code, at a third of the cost, on the current device."""
+    if _empty_strided is not None and _current_device() == device:
+        return _empty_strided(shape, strides, dtype)
+    return torch.empty(shape, dtype=dtype, device=torch.device("cuda", device))
+
+
+_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_empty_strided: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def matrix(t: Tensor) -> tuple[int, int] | None:
+    """t [..., K] as (rows, elements between rows), where its rows are contiguous and evenly spaced."""
+    k = t.size(-1)
+    if t.dim() != 2:
+        return (t.numel() // max(k, 1), k) if t.is_contiguous() else None
+    if k > 1 and t.stride(1) != 1:
+        return None
+    return t.size(0), t.stride(0)
+
+
+def may_pay(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``why_not`` is worth asking: a question of a microsecond."""
+    if x.dim() == 0 or weight.dim() != 2:
+        return False
+    n, k = weight.shape
+    return gemm.small_pays(x.numel() // max(k, 1), n, k, x.element_size(), False, False)
+
+
+def why_not(x: Tensor, weight: Tensor, training: bool = False) -> str | None:
+    """The reason why this kernel is not used for x [..., K] and weight [N, K] of one dtype on a GPU; None when it is.
+
+    training: whether one block must see all rows. By shapes, strides, dtype and settings alone (and whether x and
+    weight start at a multiple of 16 bytes), so that the same call takes the same kernel every time.
+    """
+    if x.dim() == 0 or weight.dim() != 2 or x.dtype not in DTYPE_CODE:
+        return "not x[..., K] and weight[N, K] of a dtype that has a kernel"
+    a, b = matrix(x), matrix(weight)
+    n, k = weight.shape
+    if a is None or b is None:
+        return "rows that are not contiguous"
+    if a[0] == 0 or n == 0 or k == 0:
+        return "nothing to multiply"
+    exact = gemm.ieee(x)
+    if not gemm.small_pays(a[0], n, k, x.element_size(), exact, training):
+        return "a product this large is faster in the library"
+    if exact and gemm.float32_off():
+        return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
+    unit = 16 // x.element_size()
+    even = not ((a[1] % unit and a[0] > 1) or (b[1] % unit and n > 1))
+    if not (even and _aligned(x) and _aligned(weight)) and not gemm.small_unaligned_pays(a[0], n, k):
+        return "rows that are not 16-byte aligned"
+    return None
+
+
+def _aligned(t: Tensor) -> bool:
+    return type(t) not in (Tensor, torch.nn.Parameter) or t.data_ptr() % 16 == 0  # a fake tensor has no address
+
+
+def activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Launch:
+    """linear_activation_scale as a launch: out [..., N] of x's dtype. bias: [N] or None, contiguous, in x's dtype.
+
+    The caller has asked ``why_not`` and keeps every tensor's memory alive.
+    """
+    call = _ActivationCall(_product(x, weight, x.dtype), _vector(bias), *act.arguments())
+    return Launch(_functions().activation, call, x, weight.size(0), x.dtype)
+
+
+def batchnorm(
+    x: Tensor,
+    weight: Tensor,
+    c: Columns,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    out_dtype: torch.dtype,
+    training: bool,
+    momentum: float = 0.0,
+    batches: Tensor | None = None,
+) -> Launch:
+    """linear_scale_batchnorm1d as a launch: out [M, N] of ``out_dtype``, x's or float32. In training, for at most 256
+    rows, it updates the running statistics in place, where given, and adds one to ``batches`` (int64, on the device).
+
+    The caller has asked ``why_not`` and keeps every tensor's memory alive; vectors are contiguous.
+    """
+    call = _BatchNormCall(
+        _product(x, weight, out_dtype), _vector(c.bias), _vector(c.scale), _vector(c.divisor), _vector(c.weight),
+        _vector(c.shift), _vector(running_mean), _vector(running_var), pointer(batches), training,
+        c.alpha, c.eps, momentum,
+    )  # fmt: skip
+    return Launch(_functions().batchnorm, call, x, weight.size(0), out_dtype)
+
+
+def _product(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> _Product:
+    a, b = matrix(x), matrix(weight)
+    assert a is not None and b is not None
+    n, k = weight.shape
+    return _Product(
+        weight.data_ptr(), a[0], n, k, a[1], b[1],
+        DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], gemm.ieee(x), x.get_device(),
+    )  # fmt: skip
+
+
+def _vector(t: Tensor | None) -> _Vector:
+    if t is None:
+        return _Vector(None, 0)
+    return _Vector(t.data_ptr(), DTYPE_CODE[t.dtype] + (_ONE_FOR_ALL if t.numel() == 1 else 0))
