@@ -1,5 +1,5 @@
-"""Small products: the host's time a call through fxfuse.optimize, beside eager, and the GPU's time of the kernel, beside
-the library's product and a pass behind it (in CUDA graphs, where the host does not count)."""
+"""Small products: the host's time a call through fxfuse.optimize, beside eager, and the GPU's time of the kernel,
+beside the library's product and a pass behind it (in CUDA graphs, where the host does not count)."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ struct TrainState {
   BatchNormAffine norm;
   ColumnOutput running_mean, running_var;  // null: not tracked
   float momentum;
-  float* saved;  // [3, columns]: mean of acc, rstd, and what rounding left out of the mean; for the backward pass, or null
+  float* saved;  // [3, columns]: mean of acc, rstd, and what rounding left out of the mean; for the backward pass
   int64_t columns;
 
   // What a column's statistics are combined with; loaded early where latency counts.
@@ -96,7 +96,6 @@ struct TrainState {
       running_mean.set(c, momentum * z_mean + (1.f - momentum) * running_mean.read().at(c, 0.f));
       running_var.set(c, momentum * unbiased + (1.f - momentum) * running_var.read().at(c, 0.f));
     }
-    if (saved == nullptr) return;
     saved[c] = m.mean;
     saved[columns + c] = rstd(k, m);
     saved[2 * columns + c] = rest;

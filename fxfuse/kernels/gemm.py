@@ -183,10 +183,18 @@ def launches_dominate(x: Tensor, weight: Tensor, passes: int) -> str:
 
     passes: memory passes over [..., N] that eager makes behind its three products.
     """
-    if weight.dim() != 2 or torch.cuda.is_current_stream_capturing():
+    if weight.dim() != 2:
         return ""
-    n, k = weight.shape
+    tf32 = x.dtype is torch.float32 and tf32_allowed()
+    if _busy_us(x.shape, weight.shape, x.dtype, tf32, passes) > _LAUNCH_US or torch.cuda.is_current_stream_capturing():
+        return ""
+    return "a step this small is bound by the host, where autograd in C++ is quicker"
+
+
+@functools.lru_cache(maxsize=1024)
+def _busy_us(x: torch.Size, weight: torch.Size, dtype: torch.dtype, tf32: bool, passes: int) -> float:
+    """How long a training step of eager's own operations keeps the device busy, by rough rates."""
+    n, k = weight
     m = x.numel() // max(k, 1)
-    rate = _RATE.get(x.dtype) or (300e6 if tf32_allowed() else 50e6)
-    busy = 6 * m * n * k / rate + passes * m * n * x.element_size() / _BANDWIDTH
-    return "" if busy > _LAUNCH_US else "a step this small is bound by the host, where autograd in C++ is quicker"
+    rate = _RATE.get(dtype) or (300e6 if tf32 else 50e6)
+    return 6 * m * n * k / rate + passes * m * n * dtype.itemsize / _BANDWIDTH

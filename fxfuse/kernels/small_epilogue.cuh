@@ -50,13 +50,20 @@ struct EvalEpilogue {
 
 // gamma * s * rstd * (acc - mean) + beta; the running statistics and the count of batches move on.
 struct TrainEpilogue {
-  TrainState state;
+  LinearScale linear;
+  BatchNormAffine norm;
+  ColumnOutput running_mean, running_var;  // null: not tracked
+  double momentum;
   int64_t* batches;  // null: not counted
 
-  using Column = TrainState::Known;
-  __device__ __forceinline__ Column column(int64_t n) const { return state.known(n); }
+  struct Column {
+    float scale, divisor, gamma, beta;
+  };
+  __device__ __forceinline__ Column column(int64_t n) const {
+    return {linear.scale.at(n, 1.f), linear.divisor.at(n, 1.f), norm.gamma.at(n, 1.f), norm.beta.at(n, 0.f)};
+  }
   template <typename Tile>
-  __device__ __forceinline__ void finish(float (&v)[Tile::kRows], Column known, const Place& p, float* shared) const {
+  __device__ __forceinline__ void finish(float (&v)[Tile::kRows], const Column& known, const Place& p, float* shared) const {
     const float rows = float(p.rows);
     float sum = 0.f;
 #pragma unroll
@@ -75,13 +82,21 @@ struct TrainEpilogue {
     squares = total<Tile>(squares, p, shared);
     left = total<Tile>(left, p, shared);
     const float rest = left / rows, m2 = squares - left * rest;  // rest: what rounding left out of the mean
-    const Moments m{rows, mean, m2 < 0.f ? 0.f : m2};            // max would turn NaN into 0
     if (!p.inside) return;
-    const ColumnMap map = state.map(known, m, rest);
+    // One column's numbers in float64, rounded once: an error in them would be the whole column's.
+    const double spread = double(m2) / rows, factor = double(linear.multiplier) * known.scale / known.divisor;
+    const double rstd = 1. / sqrt(factor * factor * (m2 < 0.f ? 0. : spread) + double(norm.eps));
+    const float slope = float(known.gamma * factor * rstd), shift = fmaf(-rest, slope, known.beta);
 #pragma unroll
-    for (int i = 0; i < Tile::kRows; ++i) v[i] = map(v[i]);
-    if (p.first == 0) state.record(p.column, known, m, rest);
-    if (p.column == 0 && p.first == 0 && batches != nullptr) *batches += 1;
+    for (int i = 0; i < Tile::kRows; ++i) v[i] = fmaf(v[i] - mean, slope, shift);
+    if (p.first != 0) return;
+    if (p.column == 0 && batches != nullptr) *batches += 1;
+    if (running_mean.data == nullptr) return;
+    const double z_mean = factor * (double(mean) + rest + linear.bias.at(p.column, 0.f));
+    const double unbiased = factor * factor * (m2 < 0.f ? 0. : double(m2)) / (rows - 1.f);
+    const double old_mean = running_mean.read().at(p.column, 0.f), old_var = running_var.read().at(p.column, 0.f);
+    running_mean.set(p.column, float(old_mean + momentum * (z_mean - old_mean)));
+    running_var.set(p.column, float(old_var + momentum * (unbiased - old_var)));
   }
 
  private:

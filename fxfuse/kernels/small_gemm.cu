@@ -1,7 +1,8 @@
-// The C interface of small products: linear_activation_scale, and linear_scale_batchnorm1d in evaluation and training.
+// The C interface of calls that repeat: linear_activation_scale, and linear_scale_batchnorm1d in evaluation and training,
+// as small products with everything behind them, or (`_after_`) behind a product of the library's.
 //
 // What stays the same from call to call comes in one structure that the caller keeps (small_gemm.py has the same layout):
-// a call hands over four pointers, which is a tenth of the host's work of handing over thirty values.
+// a call hands over a few pointers, which is a tenth of the host's work of handing over thirty values.
 #include "small_epilogue.cuh"
 
 namespace fxfuse::small {
@@ -32,7 +33,8 @@ struct BatchNormCall {
   Vector bias, scale, divisor, gamma, beta, running_mean, running_var;
   int64_t* batches;
   int64_t training;
-  float multiplier, eps, momentum;
+  double momentum;
+  float multiplier, eps;
 };
 
 Operands operands(const Product& p, const void* x, void* out) {
@@ -43,6 +45,22 @@ Operands operands(const Product& p, const void* x, void* out) {
 }  // namespace fxfuse::small
 
 using namespace fxfuse;
+
+// From the ops' own files.
+FXFUSE_API int fxfuse_linear_activation_scale_apply(const void*, void*, int64_t, int, float, float, float, float, int, int,
+                                                    void*);
+FXFUSE_API int fxfuse_linear_scale_batchnorm1d_eval_apply(const void*, void*, int64_t, int64_t, const void*, int,
+                                                          const void*, int, const void*, int, float, const void*, int,
+                                                          const void*, int, float, const void*, int, const void*, int, int,
+                                                          int, int, void*);
+FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train_apply(const void*, void*, const void*, int64_t, void*, void*, int64_t,
+                                                           int64_t, const void*, int, const void*, int, const void*, int,
+                                                           float, const void*, int, const void*, int, float, void*, int,
+                                                           void*, int, float, int, int, int, void*);
+
+namespace fxfuse::small {
+__global__ void count_kernel(int64_t* batches) { *batches += 1; }
+}  // namespace fxfuse::small
 
 // out[m, n] = scale * act(pre_scale * (x W^T + b)), out of x's dtype.
 FXFUSE_API int fxfuse_small_linear_activation_scale(const void* call, const void* x, void* out, void* stream) {
@@ -71,10 +89,42 @@ FXFUSE_API int fxfuse_small_linear_scale_batchnorm1d(const void* call, const voi
   return int(small::with_kind(int(p.dtype), p.ieee != 0, [&](auto kind) {
     using Kind = decltype(kind);
     if (c.training) {
-      const small::TrainEpilogue epilogue{{linear, norm, c.running_mean, c.running_var, c.momentum, nullptr, p.n}, c.batches};
+      const small::TrainEpilogue epilogue{linear, norm, c.running_mean, c.running_var, c.momentum, c.batches};
       return small::launch_all_rows<Kind>(small::operands(p, x, out), epilogue, props->sm_count, s);
     }
     const small::EvalEpilogue<Kind::kFast> epilogue{{linear, norm, c.running_mean, c.running_var}};
     return small::launch_any<Kind>(small::operands(p, x, out), epilogue, props->sm_count, s);
   }));
+}
+
+// out[m, n] = scale * act(pre_scale * z): the pass behind a library's product z, which may be out.
+FXFUSE_API int fxfuse_after_linear_activation_scale(const void* call, const void* z, void* out, void* stream) {
+  const auto& c = *static_cast<const small::ActivationCall*>(call);
+  return fxfuse_linear_activation_scale_apply(z, out, c.product.m * c.product.n, int(c.activation), c.alpha, c.beta,
+                                              c.pre_scale, c.scale, int(c.product.dtype), int(c.product.device), stream);
+}
+
+// The same for linear_scale_batchnorm1d, on acc[m, n] = x W^T. In training for at most 1024 rows, with saved[3, n] as
+// scratch; a launch more counts the batch.
+FXFUSE_API int fxfuse_after_linear_scale_batchnorm1d(const void* call, const void* acc, void* out, void* saved,
+                                                     void* stream) {
+  const auto& c = *static_cast<const small::BatchNormCall*>(call);
+  const auto& p = c.product;
+  const int device = int(p.device), dtype = int(p.dtype), out_dtype = int(p.out_dtype);
+  if (!c.training)
+    return fxfuse_linear_scale_batchnorm1d_eval_apply(
+        acc, out, p.m, p.n, c.bias.data, int(c.bias.code), c.scale.data, int(c.scale.code), c.divisor.data,
+        int(c.divisor.code), c.multiplier, c.gamma.data, int(c.gamma.code), c.beta.data, int(c.beta.code), c.eps,
+        c.running_mean.data, int(c.running_mean.code), c.running_var.data, int(c.running_var.code), dtype, out_dtype,
+        device, stream);
+  const int error = fxfuse_linear_scale_batchnorm1d_train_apply(
+      acc, out, nullptr, 0, nullptr, saved, p.m, p.n, c.bias.data, int(c.bias.code), c.scale.data, int(c.scale.code),
+      c.divisor.data, int(c.divisor.code), c.multiplier, c.gamma.data, int(c.gamma.code), c.beta.data, int(c.beta.code),
+      c.eps, c.running_mean.data, int(c.running_mean.code), c.running_var.data, int(c.running_var.code),
+      float(c.momentum), dtype, out_dtype, device, stream);
+  if (error != 0 || c.batches == nullptr) return error;
+  FXFUSE_ON_DEVICE(device, props);
+  small::count_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(c.batches);
+  FXFUSE_CHECK_LAUNCH();
+  return 0;
 }

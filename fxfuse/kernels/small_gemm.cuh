@@ -207,10 +207,12 @@ struct Accumulators<Tile, Kind, false> {  // lanes: 8 rows x 4 columns, each wit
   static constexpr int kM = Tile::kWarpM / 8, kN = Tile::kWarpN / 4;
   float d[kM][kN] = {};
 
-  // A stage is summed by itself: chains of 16 or 32 products and then of stages, as exact as a library's product of one
-  // row, which hundreds of threads share out.
+  // A stage is summed by itself, in small tiles along four chains: as exact as a library's product of one row, which
+  // hundreds of threads share out.
+  static constexpr int kChains = kM * kN <= 8 ? 4 : 1;
+
   __device__ __forceinline__ void add(const char* a, const char* b) {
-    float part[kM][kN] = {};
+    float part[kM][kN][kChains] = {};
     const int lane = threadIdx.x % kWarp;
     const char* left = a + lane / 4 * Tile::kPitch;
     const char* right = b + lane % 4 * Tile::kPitch;
@@ -224,17 +226,20 @@ struct Accumulators<Tile, Kind, false> {  // lanes: 8 rows x 4 columns, each wit
         const float4 w = *reinterpret_cast<const float4*>(right + j * 4 * Tile::kPitch + k);
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
-          part[i][j] = fmaf(x[i].x, w.x, part[i][j]);
-          part[i][j] = fmaf(x[i].y, w.y, part[i][j]);
-          part[i][j] = fmaf(x[i].z, w.z, part[i][j]);
-          part[i][j] = fmaf(x[i].w, w.w, part[i][j]);
+          part[i][j][0 % kChains] = fmaf(x[i].x, w.x, part[i][j][0 % kChains]);
+          part[i][j][1 % kChains] = fmaf(x[i].y, w.y, part[i][j][1 % kChains]);
+          part[i][j][2 % kChains] = fmaf(x[i].z, w.z, part[i][j][2 % kChains]);
+          part[i][j][3 % kChains] = fmaf(x[i].w, w.w, part[i][j][3 % kChains]);
         }
       }
     }
 #pragma unroll
     for (int i = 0; i < kM; ++i)
 #pragma unroll
-      for (int j = 0; j < kN; ++j) d[i][j] += part[i][j];
+      for (int j = 0; j < kN; ++j) {
+        if constexpr (kChains == 4) d[i][j] += (part[i][j][0] + part[i][j][1]) + (part[i][j][2] + part[i][j][3]);
+        else d[i][j] += part[i][j][0];
+      }
   }
   __device__ __forceinline__ void store(float* sums) const {
     const int lane = threadIdx.x % kWarp;
@@ -256,9 +261,14 @@ __global__ void __launch_bounds__(kThreads) small_gemm_kernel(const Operands o, 
   const Loader<Tile, T> loader(o, memory, m0, n0, aligned);
   const int64_t steps = ceil_div<int64_t>(o.k, Tile::kRow / int(sizeof(T)));
 
+  // Blocks of different columns read the same rows of x: each starts elsewhere in K, so that they do not all ask one part
+  // of L2 at once.
+  const int64_t turn = steps * blockIdx.x / gridDim.x;
+  const auto turned = [&](int64_t s) { return s + turn < steps ? s + turn : s + turn - steps; };
+
 #pragma unroll
   for (int s = 0; s < Tile::STAGES - 1; ++s) {
-    if (s < steps) loader.fetch(s, s);
+    if (s < steps) loader.fetch(turned(s), s);
     async_commit();
   }
   Place place;
@@ -275,7 +285,7 @@ __global__ void __launch_bounds__(kThreads) small_gemm_kernel(const Operands o, 
   for (int64_t s = 0; s < steps; ++s) {
     async_wait<Tile::STAGES - 2>();
     __syncthreads();
-    if (s + Tile::STAGES - 1 < steps) loader.fetch(s + Tile::STAGES - 1, next);
+    if (s + Tile::STAGES - 1 < steps) loader.fetch(turned(s + Tile::STAGES - 1), next);
     async_commit();
     const char* stage = memory + slot * Tile::kStage + wk * Tile::KB;
     acc.add(stage + wm * Tile::kWarpM * Tile::kPitch, stage + (Tile::BM + wn * Tile::kWarpN) * Tile::kPitch);

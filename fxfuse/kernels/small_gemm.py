@@ -1,7 +1,8 @@
-"""Calls into ``small_gemm.cu``: a product of few rows with everything behind it, in one launch.
+"""Calls into ``small_gemm.cu``: a product of few rows with everything behind it, in one launch; and, for other products
+that the library computes, the pass behind them.
 
-What does not change from call to call is handed over once, as a structure (:class:`Launch` keeps it); a call is then a
-result's memory and four pointers.
+What does not change from call to call is handed over once, as a structure (:class:`Launch` and :class:`AfterProduct`
+keep it); a call is then a result's memory and a few pointers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fxfuse.kernels import gemm
 from fxfuse.kernels.abi import DTYPE_CODE, PTR, pointer
@@ -23,7 +25,16 @@ if TYPE_CHECKING:
     from fxfuse.kernels.linear_activation_scale import Act
     from fxfuse.kernels.linear_scale_batchnorm1d import Columns
 
-__all__ = ["ONE_LAUNCH", "Launch", "activation", "batchnorm", "may_pay", "why_not"]
+__all__ = [
+    "ONE_LAUNCH",
+    "AfterProduct",
+    "Launch",
+    "activation",
+    "after_activation",
+    "after_batchnorm",
+    "batchnorm",
+    "why_not",
+]
 
 #: For a person: why products of few rows go their own way.
 ONE_LAUNCH = "a product this small takes one launch, which a call like one made before goes to at once"
@@ -54,13 +65,15 @@ class _BatchNormCall(ctypes.Structure):
     _fields_ = [
         ("product", _Product),
         *[(name, _Vector) for name in ("bias", "scale", "divisor", "gamma", "beta", "running_mean", "running_var")],
-        ("batches", PTR), ("training", _I64), ("multiplier", _FLOAT), ("eps", _FLOAT), ("momentum", _FLOAT),
+        ("batches", PTR), ("training", _I64), ("momentum", ctypes.c_double), ("multiplier", _FLOAT), ("eps", _FLOAT),
     ]  # fmt: skip
 
 
 class _Functions(NamedTuple):
     activation: Callable[..., int]
     batchnorm: Callable[..., int]
+    after_activation: Callable[..., int]
+    after_batchnorm: Callable[..., int]
 
 
 @functools.lru_cache(maxsize=1)
@@ -71,6 +84,8 @@ def _functions() -> _Functions:
     return _Functions(
         found.raw("fxfuse_small_linear_activation_scale", arguments),
         found.raw("fxfuse_small_linear_scale_batchnorm1d", arguments),
+        found.raw("fxfuse_after_linear_activation_scale", arguments),
+        found.raw("fxfuse_after_linear_scale_batchnorm1d", [*arguments, PTR]),
     )
 
 
@@ -85,13 +100,53 @@ class Launch:
         self._shape, self._dtype, self._device = (*x.shape[:-1], n), dtype, x.get_device()
         self._strides = tuple(math.prod(self._shape[i + 1 :]) for i in range(len(self._shape)))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         out = _allocate(self._shape, self._strides, self._dtype, self._device)
         code = self._function(self._address, x.data_ptr(), out.data_ptr(), _stream(self._device))
         if code:
-            found = library()
-            raise KernelError(f"small product: {found.error(code) if found else code}", code)
+            raise _failed(code)
         return out
+
+
+class AfterProduct:
+    """The library's product, then a kernel with all its arguments but the product: ``after(x, weight, bias)``.
+
+    Everything is as it was when this was made but for the address of x. with_bias: whether the product takes the bias.
+    scratch: elements of float32 that the kernel wants, None where it takes none.
+    """
+
+    __slots__ = ("_address", "_bias", "_call", "_device", "_dtype", "_function", "_scratch")
+
+    def __init__(
+        self,
+        function: Callable[..., int],
+        call: ctypes.Structure,
+        x: Tensor,
+        dtype: torch.dtype,
+        with_bias: bool,
+        scratch: int | None,
+    ):
+        self._function, self._call, self._address = function, call, ctypes.addressof(call)
+        self._dtype, self._device, self._bias, self._scratch = dtype, x.get_device(), with_bias, scratch
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        acc = F.linear(x, weight, bias if self._bias else None)
+        out = acc if acc.dtype is self._dtype else torch.empty_like(acc, dtype=self._dtype)
+        rest: tuple[int | None, ...] = (_stream(self._device),)
+        if self._scratch is not None:
+            scratch = None  # as long as the launch takes
+            if self._scratch:
+                scratch = _allocate((self._scratch,), (1,), torch.float32, self._device)
+            rest = (pointer(scratch), *rest)
+        code = self._function(self._address, acc.data_ptr(), out.data_ptr(), *rest)
+        if code:
+            raise _failed(code)
+        return out
+
+
+def _failed(code: int) -> KernelError:
+    found = library()
+    return KernelError(f"a kept call: {found.error(code) if found else code}", code)
 
 
 def _allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:
@@ -116,14 +171,6 @@ def matrix(t: Tensor) -> tuple[int, int] | None:
     return t.size(0), t.stride(0)
 
 
-def may_pay(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``why_not`` is worth asking: a question of a microsecond."""
-    if x.dim() == 0 or weight.dim() != 2:
-        return False
-    n, k = weight.shape
-    return gemm.small_pays(x.numel() // max(k, 1), n, k, x.element_size(), False, False)
-
-
 def why_not(x: Tensor, weight: Tensor, training: bool = False) -> str | None:
     """The reason why this kernel is not used for x [..., K] and weight [N, K] of one dtype on a GPU; None when it is.
 
@@ -138,10 +185,10 @@ def why_not(x: Tensor, weight: Tensor, training: bool = False) -> str | None:
         return "rows that are not contiguous"
     if a[0] == 0 or n == 0 or k == 0:
         return "nothing to multiply"
-    exact = gemm.ieee(x)
+    exact = _exact(x, a[0], n)
     if not gemm.small_pays(a[0], n, k, x.element_size(), exact, training):
         return "a product this large is faster in the library"
-    if exact and gemm.float32_off():
+    if exact and gemm.float32_off() and gemm.ieee(x):
         return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
     unit = 16 // x.element_size()
     even = not ((a[1] % unit and a[0] > 1) or (b[1] % unit and n > 1))
@@ -179,12 +226,52 @@ def batchnorm(
 
     The caller has asked ``why_not`` and keeps every tensor's memory alive; vectors are contiguous.
     """
-    call = _BatchNormCall(
-        _product(x, weight, out_dtype), _vector(c.bias), _vector(c.scale), _vector(c.divisor), _vector(c.weight),
-        _vector(c.shift), _vector(running_mean), _vector(running_var), pointer(batches), training,
-        c.alpha, c.eps, momentum,
-    )  # fmt: skip
+    product = _product(x, weight, out_dtype)
+    call = _batchnorm_call(product, c, running_mean, running_var, training, momentum, batches)
     return Launch(_functions().batchnorm, call, x, weight.size(0), out_dtype)
+
+
+def after_activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> AfterProduct:
+    """linear_activation_scale behind the library's product, for x contiguous."""
+    n, k = weight.shape
+    m, device, code = x.numel() // k, x.get_device(), DTYPE_CODE[x.dtype]
+    call = _ActivationCall(_Product(None, m, n, k, 0, 0, code, code, 0, device), _Vector(None, 0), *act.arguments())
+    return AfterProduct(_functions().after_activation, call, x, x.dtype, True, None)
+
+
+def after_batchnorm(
+    x: Tensor,
+    weight: Tensor,
+    c: Columns,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    out_dtype: torch.dtype,
+    training: bool,
+    momentum: float,
+    batches: Tensor | None,
+    with_bias: bool,
+) -> AfterProduct:
+    """linear_scale_batchnorm1d behind the library's product; in training for at most 1024 rows. with_bias: the product
+    takes the bias, and c has none."""
+    (n, k), m = weight.shape, x.size(0)
+    product = _Product(
+        None, m, n, k, 0, 0, DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], 0, x.get_device()
+    )  # fmt: skip
+    call = _batchnorm_call(product, c, running_mean, running_var, training, momentum, batches)
+    return AfterProduct(_functions().after_batchnorm, call, x, out_dtype, with_bias, 3 * n if training else 0)
+
+
+def _batchnorm_call(
+    product: _Product,
+    c: Columns,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    batches: Tensor | None,
+) -> _BatchNormCall:
+    vectors = (c.bias, c.scale, c.divisor, c.weight, c.shift, running_mean, running_var)
+    return _BatchNormCall(product, *map(_vector, vectors), pointer(batches), training, momentum, c.alpha, c.eps)
 
 
 def _product(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> _Product:
@@ -193,8 +280,13 @@ def _product(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> _Product:
     n, k = weight.shape
     return _Product(
         weight.data_ptr(), a[0], n, k, a[1], b[1],
-        DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], gemm.ieee(x), x.get_device(),
+        DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], _exact(x, a[0], n), x.get_device(),
     )  # fmt: skip
+
+
+def _exact(x: Tensor, m: int, n: int) -> bool:
+    """Whether products are float32's: also of a single row or column where TF32 is allowed, as the library has them."""
+    return x.dtype is torch.float32 and (m == 1 or n == 1 or gemm.ieee(x))
 
 
 def _vector(t: Tensor | None) -> _Vector:

@@ -5,7 +5,8 @@ codes, numbers, which kernel. :class:`Calls` keeps it as a launch that needs x a
 call finds it by a key and checks that all of it is still so:
 
 - every tensor's type, dtype, device, shape, strides, dispatch keys (with autocast, functorch and inference mode, which
-  act through them) and whether it takes part in a gradient: one question to the C++ that guards Dynamo's graphs;
+  act through them) and whether it asks for a gradient: one question to the C++ that guards Dynamo's graphs;
+- gradients are off, or no tensor asks for one;
 - every address but x's, and whether x's is a multiple of 16;
 - the numbers, and for float32 the matmul precision settings;
 - no dispatch mode, torch function mode or forward-mode AD.
@@ -38,20 +39,24 @@ MOST_TIMES = 64  # a key whose launch keeps being made anew is left alone
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _has_torch_function = torch._C._has_torch_function_unary
 
-Launch = Callable[[Tensor], Tensor]
+_grad_enabled = torch.is_grad_enabled
+Tensors = Sequence["Tensor | None"]
+Launch = Callable[..., Tensor]
 
 
 class _Kept:
     """A launch and what it rests on."""
 
-    __slots__ = ("addresses", "aligned", "launch", "numbers", "same", "settings")
+    __slots__ = ("addresses", "aligned", "gradient", "launch", "numbers", "same", "settings")
 
-    def __init__(self, tensors: Sequence[Tensor], numbers: tuple[Any, ...], launch: Launch) -> None:
-        self.same = Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-        self.addresses = [t.data_ptr() for t in tensors[1:]]
-        self.aligned = tensors[0].data_ptr() % 16 == 0
+    def __init__(self, tensors: Tensors, numbers: tuple[Any, ...], launch: Launch) -> None:
+        given = [t for t in tensors if t is not None]
+        self.same = Guards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        self.addresses = [t if t is None else t.data_ptr() for t in tensors[1:]]
+        self.aligned = given[0].data_ptr() % 16 == 0
+        self.gradient = any(t.requires_grad for t in given)
         self.numbers = numbers
-        self.settings = gemm.float32_settings() if tensors[0].dtype is torch.float32 else None
+        self.settings = gemm.float32_settings() if given[0].dtype is torch.float32 else None
         self.launch = launch
 
 
@@ -62,20 +67,22 @@ class Calls:
         self._kept: dict[Hashable, _Kept] = {}
         self._times: dict[Hashable, int] = {}
 
-    def find(self, key: Hashable, tensors: Sequence[Tensor], numbers: tuple[Any, ...]) -> Launch | None:
+    def find(self, key: Hashable, tensors: Tensors, numbers: tuple[Any, ...]) -> Launch | None:
         """The launch of a call like this one, None where there is none or anything it rests on has changed.
 
-        tensors: x first, then all others; where an optional one is None, another tensor of the call stands in for it.
+        tensors: x first, then all others, None where one is not given.
         """
         kept = self._kept.get(key)
+        if kept is None or (kept.gradient and _grad_enabled()) or kept.numbers != numbers:
+            return None
+        x = tensors[0]
+        assert x is not None
         if (
-            kept is None
-            or kept.numbers != numbers
-            or not kept.same(*tensors)
-            or kept.addresses != [t.data_ptr() for t in tensors[1:]]
-            or (tensors[0].data_ptr() % 16 == 0) is not kept.aligned
+            kept.addresses != [t if t is None else t.data_ptr() for t in tensors[1:]]
+            or not kept.same(*[t for t in tensors if t is not None])
+            or (x.data_ptr() % 16 == 0) is not kept.aligned
             or _dispatch_modes()
-            or _has_torch_function(tensors[0])  # a mode: the type is known
+            or _has_torch_function(x)  # a mode: the type is known
             or forward_ad._current_level >= 0
             or (kept.settings is not None and kept.settings != gemm.float32_settings())
         ):
@@ -83,7 +90,7 @@ class Calls:
         return kept.launch
 
     def keep(
-        self, key: Hashable, tensors: Sequence[Tensor], numbers: tuple[Any, ...], make: Callable[[], Launch | None]
+        self, key: Hashable, tensors: Tensors, numbers: tuple[Any, ...], make: Callable[[], Launch | None]
     ) -> None:
         """Keep ``make()`` for calls like this one, an ordinary one without a gradient, unless it is None."""
         times = self._times.get(key, 0)

@@ -307,17 +307,18 @@ def linear_activation_scale(
     Raises ValueError for another activation, and what torch.nn.functional.linear raises for what does not fit.
     """
     out: Tensor
-    if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling():
+    gradient = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+    if type(x) is not Tensor or not x.is_cuda or gradient or torch.compiler.is_compiling():
         out = OP(x, weight, bias, activation, alpha, beta, pre_scale, scale)
         return out
     numbers = (activation, alpha, beta, pre_scale, scale)
-    key, tensors = (id(weight), x.shape), (x, weight, weight if bias is None else bias)
+    key, tensors = (id(weight), x.shape), (x, weight, bias)
     launch = CALLS.find(key, tensors, numbers)
     if launch is not None:
-        return launch(x)
+        return launch(x, weight, bias)
     args = (x, weight, bias, *numbers)
     out = OP(*args)
-    if small_gemm.may_pay(x, weight) and OP.inference(args):
+    if OP.inference(args):
         CALLS.keep(key, tensors, numbers, lambda: _launch(x, weight, bias, Act(*numbers)))
     return out
 
@@ -326,7 +327,11 @@ CALLS = Calls()
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Launch | None:
-    """The call as a launch, where it takes the kernel for small products and nothing has to be copied for it."""
-    if OP.road(x, weight, bias, *act).name != "kernel" or small_gemm.why_not(x, weight) is not None:
+    """The call as a launch, where nothing has to be copied for it and the product is a small one, or the library's."""
+    if OP.road(x, weight, bias, *act).name != "kernel" or x.numel() == 0 or weight.size(0) == 0:
         return None
-    return small_gemm.activation(x, weight, bias, act) if bias is None or bias.is_contiguous() else None
+    if small_gemm.why_not(x, weight) is None:
+        return small_gemm.activation(x, weight, bias, act) if bias is None or bias.is_contiguous() else None
+    if gemm.why_not_product(x, weight) is None or not x.is_contiguous():
+        return None
+    return small_gemm.after_activation(x, weight, bias, act)

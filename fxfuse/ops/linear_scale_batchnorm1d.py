@@ -36,6 +36,7 @@ from fxfuse.kernels.abi import DTYPE_CODE
 
 from ._autocast import cast
 from ._batchnorm import (
+    FEW_ROWS,
     Buffers,
     buffer,
     columns,
@@ -44,7 +45,9 @@ from ._batchnorm import (
     kernel_evaluation,
     kernel_gradients,
     kernel_training,
+    one_pass,
     per_column,
+    product_has_bias,
     scaled_dtype,
     statistics_of,
 )
@@ -307,7 +310,8 @@ def direct(x: Tensor, weight: Tensor, *others: Any) -> str:
         graph = torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others[:6])
         if x.dim() != 2:
             return "not x[M, K]"
-        if x.size(0) <= FEW_ROWS and (graph or small_gemm.why_not(x, weight, others[8]) is not None):
+        few = x.size(0) <= FEW_ROWS
+        if few and (graph or (others[8] and small_gemm.why_not(x, weight, training=True) is not None)):
             return "too few rows for a pass of their own"
         if graph:
             return gemm.launches_dominate(x, weight, 6 if others[8] else 12)
@@ -317,9 +321,6 @@ def direct(x: Tensor, weight: Tensor, *others: Any) -> str:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others[:6]):
         return "the product dominates, and ATen's own backward has the least to do around it"
     return "" if x.numel() * weight.size(0) >= 1 << 20 else "small"
-
-
-FEW_ROWS = 4  # up to here the library's product with its bias is another, better kernel than the one without
 
 
 def told(road: Road, x: Tensor, weight: Tensor, *others: Any) -> Road:
@@ -407,52 +408,43 @@ def _ordinary(args: tuple[Any, ...]) -> Tensor:
 CALLS = Calls()
 
 
-def _find(key: tuple[Any, ...], args: tuple[Any, ...], batches: Tensor | None) -> tuple[Any, Any, Launch | None]:
-    """What a call rests on, and the launch that was kept for it."""
-    x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, mean, var, training, momentum, eps = args
-    tensors = (
-        x,
-        weight,
-        weight if bias is None else bias,
-        weight if scale is None else scale,
-        weight if divisor is None else divisor,
-        weight if bn_weight is None else bn_weight,
-        weight if bn_bias is None else bn_bias,
-        weight if mean is None else mean,
-        weight if var is None else var,
-        weight if batches is None else batches,
-    )
-    numbers = (alpha, training, momentum, eps)
-    return tensors, numbers, CALLS.find(key, tensors, numbers)
-
-
 def _call(key: tuple[Any, ...], args: tuple[Any, ...], batches: Tensor | None) -> Tensor:
     """The op on a GPU; `batches`, when given, counts one more batch."""
-    tensors, numbers, launch = _find(key, args, batches)
-    x, weight = tensors[:2]
+    x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, mean, var, training, momentum, eps = args
+    if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
+        if batches is not None:
+            batches.add_(1)
+        return _ordinary(args)
+    tensors = (x, weight, bias, scale, divisor, bn_weight, bn_bias, mean, var, batches)
+    numbers = (alpha, training, momentum, eps)
+    launch = CALLS.find(key, tensors, numbers)
     if launch is not None:
-        return launch(x)
+        return launch(x, weight, bias)
     if batches is not None:
         batches.add_(1)
     out = _ordinary(args)
-    if small_gemm.may_pay(x, weight) and OP.inference(args):
+    if OP.inference(args):
         CALLS.keep(key, tensors, numbers, lambda: _launch(args, batches))
     return out
 
 
 def _launch(args: tuple[Any, ...], batches: Tensor | None) -> Launch | None:
-    """The call as a launch, where it takes the kernel for small products and nothing has to be copied for it."""
+    """The call as a launch, where nothing has to be copied for it and the product is a small one, or the library's."""
     x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, mean, var, training, momentum, eps = args
-    if OP.road(*args).name != "kernel" or small_gemm.why_not(x, weight, training) is not None:
+    if OP.road(*args).name != "kernel":
         return None
-    vectors = (bias, scale, divisor, bn_weight, bn_bias, mean, var)
-    if any(t is not None and not t.is_contiguous() for t in vectors):
+    if any(t is not None and not t.is_contiguous() for t in (bias, scale, divisor, bn_weight, bn_bias, mean, var)):
         return None
     if batches is not None and (batches.dtype is not torch.int64 or batches.get_device() != x.get_device()):
         return None
     c = columns(bias, scale, divisor, alpha, bn_weight, bn_bias, eps)
-    dtype = scaled_dtype(x, scale, divisor)
-    return small_gemm.batchnorm(x, weight, c, mean, var, dtype, training, momentum, batches)
+    rest = (mean, var, scaled_dtype(x, scale, divisor), training, momentum, batches)
+    if small_gemm.why_not(x, weight, training) is None:
+        return small_gemm.batchnorm(x, weight, c, *rest)
+    if gemm.why_not_product(x, weight) is None or (training and not one_pass(x.size(0), weight.size(0))):
+        return None
+    with_bias = product_has_bias(x, training)
+    return small_gemm.after_batchnorm(x, weight, c._replace(bias=None) if with_bias else c, *rest, with_bias)
 
 
 def linear_scale_batchnorm1d_module(
