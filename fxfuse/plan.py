@@ -17,7 +17,9 @@ import torch
 from torch import fx, nn
 from torch.nn.modules import module as _hooks
 
+from fxfuse.aside import Aside
 from fxfuse.choice import Choice
+from fxfuse.ops._op import Direct
 from fxfuse.pattern import Pattern, available
 from fxfuse.signature import NUMBER, TENSOR, Signature, kind_of
 from fxfuse.watch import TRACING, derived
@@ -60,6 +62,7 @@ class Plan:
         function: the plain function this plan is of; None for a module's forward.
         choice, where: what verification took back, and the module's path by which it is told apart.
         variants: kinds -> graphs; several where modes differ.
+        aside: for which sizes the original forward does just what the graphs would.
     """
 
     patterns: tuple[str, ...]
@@ -70,6 +73,7 @@ class Plan:
     variants: dict[tuple[Any, ...], list[Variant]] = field(default_factory=dict)
     choice: Choice | None = None
     where: str = ""
+    aside: Aside = field(default_factory=Aside)
 
     def __call__(self, owner: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call: by the graph that fits, else by ``original``: a forward of the owner, or a function."""
@@ -79,6 +83,9 @@ class Plan:
         else:
             values = signature.bind(args, kwargs)
         if values is None or hooked_everywhere():
+            return _as_written(owner, original, args, kwargs)
+        sizes = self.aside.sizes(values)
+        if sizes is not None and self.aside.takes(sizes):
             return _as_written(owner, original, args, kwargs)
         if len(values) == 1 and type(values[0]) is torch.Tensor:  # nearly every call
             kinds: tuple[Any, ...] = _ONE_TENSOR
@@ -94,9 +101,14 @@ class Plan:
             variant = found
         if variant.run is None:
             return _as_written(owner, original, args, kwargs)
+        before = Direct.calls
         if kinds is _ONE_TENSOR:
-            return variant.run(owner, values[0])
-        return variant.run(owner, *[v for v, k in zip(values, kinds, strict=False) if k is TENSOR or k is NUMBER])
+            out = variant.run(owner, values[0])
+        else:
+            out = variant.run(owner, *[v for v, k in zip(values, kinds, strict=False) if k is TENSOR or k is NUMBER])
+        if sizes is not None and Direct.calls - before == variant.count:
+            self.aside.learn(sizes)
+        return out
 
     def _another(self, owner: Any, kinds: tuple[Any, ...], values: Sequence[Any]) -> Variant | None:
         """A graph for a call of new kinds or under new circumstances, traced now; None when Python must do."""
@@ -133,7 +145,7 @@ class Plan:
             warnings.warn(f"fxfuse: the pattern {missing[0]!r} this model was optimized with is not registered here; "
                           "register it before loading to have it fused", stacklevel=3)  # fmt: skip
         self.signature = Signature(forward, skip_first=True)
-        self.variants, self.chosen, self.function = {}, (), None
+        self.variants, self.chosen, self.function, self.aside = {}, (), None, Aside()
 
 
 def _as_written(owner: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -20,6 +20,7 @@ __all__ = [
     "ieee",
     "is_hopper",
     "launches_dominate",
+    "processors",
     "rows",
     "small_pays",
     "small_unaligned_pays",
@@ -50,6 +51,12 @@ def _switch(name: str) -> str:
 
 # os.environ's own table of bytes: asked at every call, and os.environ takes ten times as long to answer.
 _environment: dict[bytes, bytes] | None = getattr(os.environ, "_data", None) if os.name == "posix" else None
+
+
+@functools.lru_cache(maxsize=64)
+def processors(device: int) -> int:
+    """Multiprocessors of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -153,17 +160,67 @@ def float32_pays(m: int, n: int, k: int) -> bool:
     return m >= 128 and k >= 256 and -(-m // 128) * -(-n // 128) >= 80
 
 
-def small_pays(m: int, n: int, k: int, size: int, exact: bool, training: bool) -> bool:
-    """Whether ``small_gemm`` is expected to be at least as fast on the GPU as the library's product and a pass behind
-    it: again a rule drawn from measured sizes.
+def small_pays(m: int, n: int, k: int, size: int, exact: bool, op: str, processors: int, captured: bool) -> bool:
+    """Whether ``small_gemm`` is expected to be at least as fast on the GPU as the library's product and the pass behind
+    it; or, outside of CUDA graphs, so fast that only the host's time counts, which a launch less shortens.
 
-    size: bytes of an element of x. exact: IEEE float32, by multiply-adds. training: one block sees all rows.
+    size: bytes of an element of x. exact: IEEE float32, by multiply-adds. op: "activation", "evaluation" or "training".
+    processors: the GPU's multiprocessors. Both times are rules drawn from measured sizes (see docs/kernels-gemm.md).
     """
-    if m > 256 or k > 4096 or n > 65536:
+    if m > 256 or k > 8192 or n > 65536:
         return False
-    if exact:
-        return m * n * k <= 1 << 28
-    return m * n * k <= 1 << 30
+    taken = _small_us(m, n, k, size, exact, op == "training", processors)
+    return taken <= _library_us(m, k, size, exact, op) or (op == "activation" and not captured and taken <= _HOST_US)
+
+
+_HOST_US = 10.5  # what the shortest call costs the host
+
+
+@functools.lru_cache(maxsize=4096)
+def _small_us(m: int, n: int, k: int, size: int, exact: bool, all_rows: bool, processors: int) -> float:
+    """What ``small_gemm`` takes: its start, and the time in which a multiprocessor gets (or multiplies) its tiles."""
+    rows, columns = _all_rows_tile(m, n, processors) if all_rows else _small_tile(m, n, processors)
+    each = -(-m // rows) * -(-n // columns) / processors
+    work = rows * columns * k / _FMA[rows, columns] if exact else (rows + columns) * k * size / 33e3
+    return 2.3 + 1.2 * all_rows + 0.8 * min(1.0, each) + max(1.0, each) * work
+
+
+#: Multiply-adds a nanosecond that a tile reaches, times 1000.
+_FMA = {(16, 16): 47e3, (32, 16): 62e3, (32, 32): 85e3, (64, 32): 100e3, (64, 64): 120e3,
+        (64, 16): 75e3, (128, 16): 80e3, (256, 16): 85e3, (256, 32): 60e3}  # fmt: skip
+
+
+def _small_tile(m: int, n: int, processors: int) -> tuple[int, int]:
+    """launch_any in small_gemm.cuh."""
+    if m <= 16:
+        return 16, 16
+    for rows, columns in ((32, 16), (32, 32), (64, 32)):
+        if (m <= rows and columns == 32) or -(-m // rows) * -(-n // columns) <= processors:
+            return rows, columns
+    return 64, 64
+
+
+def _all_rows_tile(m: int, n: int, processors: int) -> tuple[int, int]:
+    """launch_all_rows in small_gemm.cuh."""
+    for rows in (16, 64, 128):
+        if m <= rows:
+            return rows, 16
+    return 256, 32 if n >= processors * 12 else 16
+
+
+def _library_us(m: int, k: int, size: int, exact: bool, op: str) -> float:
+    """What the library's product and the pass behind it take at least, where the product is small."""
+    if size == 2:
+        base, slope = {"activation": (3.6, 640), "evaluation": (5.2, 700), "training": (6.6, 500)}[op]
+    elif not exact:
+        base, slope = {"activation": (5.0, 400), "evaluation": (6.5, 500), "training": (7.0, 500)}[op]
+    elif m == 1:
+        base, slope = (3.3, 2000) if op == "activation" else (4.5, 2000)
+    elif m <= 16:
+        base, slope = (3.2, 180) if op == "activation" else (6.5, 160)
+    else:
+        base, slope = (8.0, 170) if op == "activation" else (8.0, 200)
+    return base + k / slope
 
 
 def small_unaligned_pays(m: int, n: int, k: int) -> bool:

@@ -48,8 +48,11 @@ struct EvalEpilogue {
   }
 };
 
-// gamma * s * rstd * (acc - mean) + beta; the running statistics and the count of batches move on.
+// gamma * s * rstd * (acc - mean) + beta; the running statistics and the count of batches move on. Sums over the batch are
+// float64's where results are float32's: eager's round every element by itself, and that averages out.
+template <bool FAST>
 struct TrainEpilogue {
+  using Sum = std::conditional_t<FAST, float, double>;
   LinearScale linear;
   BatchNormAffine norm;
   ColumnOutput running_mean, running_var;  // null: not tracked
@@ -64,36 +67,37 @@ struct TrainEpilogue {
   }
   template <typename Tile>
   __device__ __forceinline__ void finish(float (&v)[Tile::kRows], const Column& known, const Place& p, float* shared) const {
-    const float rows = float(p.rows);
-    float sum = 0.f;
+    const Sum rows = Sum(p.rows);
+    Sum sum = 0;
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i)
       if (p.first + i * Tile::kRowStep < p.rows) sum += v[i];
-    const float mean = total<Tile>(sum, p, shared) / rows;
-    float squares = 0.f, left = 0.f;
+    const float mean = float(total<Tile>(sum, p, shared) / rows);
+    Sum squares = 0, left = 0;
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) {
       const float d = v[i] - mean;
       if (p.first + i * Tile::kRowStep < p.rows) {
-        squares = fmaf(d, d, squares);
+        squares += Sum(d) * Sum(d);
         left += d;
       }
     }
     squares = total<Tile>(squares, p, shared);
     left = total<Tile>(left, p, shared);
-    const float rest = left / rows, m2 = squares - left * rest;  // rest: what rounding left out of the mean
+    const Sum rest = left / rows, m2 = squares - left * rest;  // rest: what rounding left out of the mean
     if (!p.inside) return;
     // One column's numbers in float64, rounded once: an error in them would be the whole column's.
-    const double spread = double(m2) / rows, factor = double(linear.multiplier) * known.scale / known.divisor;
-    const double rstd = 1. / sqrt(factor * factor * (m2 < 0.f ? 0. : spread) + double(norm.eps));
-    const float slope = float(known.gamma * factor * rstd), shift = fmaf(-rest, slope, known.beta);
+    const double positive = m2 < 0 ? 0. : double(m2);  // max would turn NaN into 0
+    const double factor = double(linear.multiplier) * known.scale / known.divisor;
+    const double rstd = 1. / sqrt(factor * factor * (positive / rows) + double(norm.eps));
+    const float slope = float(known.gamma * factor * rstd), shift = float(known.beta - rest * slope);
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) v[i] = fmaf(v[i] - mean, slope, shift);
     if (p.first != 0) return;
     if (p.column == 0 && batches != nullptr) *batches += 1;
     if (running_mean.data == nullptr) return;
     const double z_mean = factor * (double(mean) + rest + linear.bias.at(p.column, 0.f));
-    const double unbiased = factor * factor * (m2 < 0.f ? 0. : double(m2)) / (rows - 1.f);
+    const double unbiased = factor * factor * (positive / (rows - 1));
     const double old_mean = running_mean.read().at(p.column, 0.f), old_var = running_var.read().at(p.column, 0.f);
     running_mean.set(p.column, float(old_mean + momentum * (z_mean - old_mean)));
     running_var.set(p.column, float(old_var + momentum * (unbiased - old_var)));
@@ -102,11 +106,12 @@ struct TrainEpilogue {
  private:
   // The sum over the block's threads of one column; every one of them gets it.
   template <typename Tile>
-  static __device__ __forceinline__ float total(float x, const Place& p, float* shared) {
+  static __device__ __forceinline__ Sum total(Sum x, const Place& p, float* memory) {
+    Sum* shared = reinterpret_cast<Sum*>(memory);
     __syncthreads();
     shared[p.first * Tile::BN + p.lane] = x;
     __syncthreads();
-    float sum = shared[p.lane];
+    Sum sum = shared[p.lane];
 #pragma unroll
     for (int r = 1; r < Tile::kRowStep; ++r) sum += shared[r * Tile::BN + p.lane];
     return sum;

@@ -89,7 +89,7 @@ FXFUSE_API int fxfuse_small_linear_scale_batchnorm1d(const void* call, const voi
   return int(small::with_kind(int(p.dtype), p.ieee != 0, [&](auto kind) {
     using Kind = decltype(kind);
     if (c.training) {
-      const small::TrainEpilogue epilogue{linear, norm, c.running_mean, c.running_var, c.momentum, c.batches};
+      const small::TrainEpilogue<Kind::kFast> epilogue{linear, norm, c.running_mean, c.running_var, c.momentum, c.batches};
       return small::launch_all_rows<Kind>(small::operands(p, x, out), epilogue, props->sm_count, s);
     }
     const small::EvalEpilogue<Kind::kFast> epilogue{{linear, norm, c.running_mean, c.running_var}};

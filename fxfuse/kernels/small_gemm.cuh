@@ -15,6 +15,8 @@
 #include "pdl.cuh"
 #include "sm90.cuh"
 
+#include <type_traits>
+
 namespace fxfuse::small {
 
 constexpr int kThreads = 256;
@@ -261,14 +263,9 @@ __global__ void __launch_bounds__(kThreads) small_gemm_kernel(const Operands o, 
   const Loader<Tile, T> loader(o, memory, m0, n0, aligned);
   const int64_t steps = ceil_div<int64_t>(o.k, Tile::kRow / int(sizeof(T)));
 
-  // Blocks of different columns read the same rows of x: each starts elsewhere in K, so that they do not all ask one part
-  // of L2 at once.
-  const int64_t turn = steps * blockIdx.x / gridDim.x;
-  const auto turned = [&](int64_t s) { return s + turn < steps ? s + turn : s + turn - steps; };
-
 #pragma unroll
   for (int s = 0; s < Tile::STAGES - 1; ++s) {
-    if (s < steps) loader.fetch(turned(s), s);
+    if (s < steps) loader.fetch(s, s);
     async_commit();
   }
   Place place;
@@ -285,7 +282,7 @@ __global__ void __launch_bounds__(kThreads) small_gemm_kernel(const Operands o, 
   for (int64_t s = 0; s < steps; ++s) {
     async_wait<Tile::STAGES - 2>();
     __syncthreads();
-    if (s + Tile::STAGES - 1 < steps) loader.fetch(turned(s + Tile::STAGES - 1), next);
+    if (s + Tile::STAGES - 1 < steps) loader.fetch(s + Tile::STAGES - 1, next);
     async_commit();
     const char* stage = memory + slot * Tile::kStage + wk * Tile::KB;
     acc.add(stage + wm * Tile::kWarpM * Tile::kPitch, stage + (Tile::BM + wn * Tile::kWarpN) * Tile::kPitch);
@@ -335,9 +332,13 @@ cudaError_t launch_tile(const Operands& o, const Epilogue& epilogue, cudaStream_
 
 //                     rows columns  warps: m n k   K bytes, stages
 using Few = Tile<16, 16, 1, 1, 8, 64, 4>;
-using Some = Tile<32, 16, 1, 1, 8, 64, 4>;
-using Many = Tile<64, 32, 2, 1, 4, 64, 4>;
-using Square = Tile<64, 64, 2, 2, 2, 64, 4>;
+using Narrow = Tile<32, 16, 1, 1, 8, 64, 4>;
+using Some = Tile<32, 32, 1, 1, 8, 64, 4>;
+// Multiply-adds want longer stages: their sums are taken stage by stage.
+template <typename Kind>
+using Many = std::conditional_t<Kind::kTensor, Tile<64, 32, 2, 1, 4, 64, 4>, Tile<64, 32, 2, 1, 4, 128, 3>>;
+template <typename Kind>
+using Square = std::conditional_t<Kind::kTensor, Tile<64, 64, 2, 2, 2, 64, 4>, Tile<64, 64, 2, 2, 2, 128, 4>>;
 // All rows of the batch in one block, for statistics of whole columns.
 using Rows64 = Tile<64, 16, 2, 1, 4, 64, 4>;
 using Rows128 = Tile<128, 16, 4, 1, 2, 64, 4>;
@@ -345,16 +346,18 @@ using Rows256 = Tile<256, 16, 8, 1, 1, 128, 4>;
 using Rows256Wide = Tile<256, 32, 8, 1, 1, 128, 4>;
 constexpr int64_t kMostRows = 256;
 
-// The largest tile of which there are enough to keep the device busy: larger tiles read less, smaller ones sooner end.
+// The smallest tile of which all run at once: a block takes as long as its own rows take to come, so smaller tiles end
+// sooner, but not where some have to wait. gemm.py repeats this choice to tell how long it takes.
 template <typename Kind, typename Epilogue>
 cudaError_t launch_any(const Operands& o, const Epilogue& epilogue, int sm_count, cudaStream_t stream) {
-  const auto enough = [&](int rows, int columns) {
-    return ceil_div<int64_t>(o.m, rows) * ceil_div<int64_t>(o.n, columns) * 4 >= int64_t(sm_count) * 3;
+  const auto at_once = [&](int rows, int columns) {
+    return ceil_div<int64_t>(o.m, rows) * ceil_div<int64_t>(o.n, columns) <= sm_count;
   };
   if (o.m <= Few::BM) return launch_tile<Few, Kind>(o, epilogue, stream);
-  if (o.m > 32 && enough(Square::BM, Square::BN)) return launch_tile<Square, Kind>(o, epilogue, stream);
-  if (o.m > 32 && enough(Many::BM, Many::BN)) return launch_tile<Many, Kind>(o, epilogue, stream);
-  return launch_tile<Some, Kind>(o, epilogue, stream);
+  if (at_once(Narrow::BM, Narrow::BN)) return launch_tile<Narrow, Kind>(o, epilogue, stream);
+  if (o.m <= Some::BM || at_once(Some::BM, Some::BN)) return launch_tile<Some, Kind>(o, epilogue, stream);
+  if (at_once(Many<Kind>::BM, Many<Kind>::BN)) return launch_tile<Many<Kind>, Kind>(o, epilogue, stream);
+  return launch_tile<Square<Kind>, Kind>(o, epilogue, stream);
 }
 template <typename Kind, typename Epilogue>
 cudaError_t launch_all_rows(const Operands& o, const Epilogue& epilogue, int sm_count, cudaStream_t stream) {

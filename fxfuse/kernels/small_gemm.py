@@ -93,9 +93,18 @@ class Launch:
     """A kernel with all its arguments but x: ``launch(x)`` gives the result. x is as it was when this was made, in
     everything but its memory's address; the memory of all other tensors stays where it was, and alive."""
 
-    __slots__ = ("_address", "_call", "_device", "_dtype", "_function", "_shape", "_strides")
+    __slots__ = ("_address", "_call", "_device", "_dtype", "_function", "_shape", "_strides", "in_graphs")
 
-    def __init__(self, function: Callable[..., int], call: ctypes.Structure, x: Tensor, n: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        function: Callable[..., int],
+        call: ctypes.Structure,
+        x: Tensor,
+        n: int,
+        dtype: torch.dtype,
+        in_graphs: bool = True,
+    ):
+        self.in_graphs = in_graphs  # whether this is the way in CUDA graphs, too
         self._function, self._call, self._address = function, call, ctypes.addressof(call)
         self._shape, self._dtype, self._device = (*x.shape[:-1], n), dtype, x.get_device()
         self._strides = tuple(math.prod(self._shape[i + 1 :]) for i in range(len(self._shape)))
@@ -115,6 +124,7 @@ class AfterProduct:
     scratch: elements of float32 that the kernel wants, None where it takes none.
     """
 
+    in_graphs = True
     __slots__ = ("_address", "_bias", "_call", "_device", "_dtype", "_function", "_scratch")
 
     def __init__(
@@ -171,11 +181,11 @@ def matrix(t: Tensor) -> tuple[int, int] | None:
     return t.size(0), t.stride(0)
 
 
-def why_not(x: Tensor, weight: Tensor, training: bool = False) -> str | None:
+def why_not(x: Tensor, weight: Tensor, op: str = "activation") -> str | None:
     """The reason why this kernel is not used for x [..., K] and weight [N, K] of one dtype on a GPU; None when it is.
 
-    training: whether one block must see all rows. By shapes, strides, dtype and settings alone (and whether x and
-    weight start at a multiple of 16 bytes), so that the same call takes the same kernel every time.
+    op: "activation", "evaluation" or "training". By shapes, strides, dtype and settings alone, and whether x and weight
+    start at a multiple of 16 bytes, and whether a CUDA graph is being captured: the same call takes the same kernel.
     """
     if x.dim() == 0 or weight.dim() != 2 or x.dtype not in DTYPE_CODE:
         return "not x[..., K] and weight[N, K] of a dtype that has a kernel"
@@ -185,8 +195,10 @@ def why_not(x: Tensor, weight: Tensor, training: bool = False) -> str | None:
         return "rows that are not contiguous"
     if a[0] == 0 or n == 0 or k == 0:
         return "nothing to multiply"
-    exact = _exact(x, a[0], n)
-    if not gemm.small_pays(a[0], n, k, x.element_size(), exact, training):
+    sizes = a[0], n, k, x.element_size(), (exact := _exact(x, a[0], n, k)), op, gemm.processors(x.get_device())
+    if not gemm.small_pays(*sizes, captured=True) and (
+        not gemm.small_pays(*sizes, captured=False) or torch.cuda.is_current_stream_capturing()
+    ):
         return "a product this large is faster in the library"
     if exact and gemm.float32_off() and gemm.ieee(x):
         return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
@@ -206,8 +218,11 @@ def activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Laun
 
     The caller has asked ``why_not`` and keeps every tensor's memory alive.
     """
-    call = _ActivationCall(_product(x, weight, x.dtype), _vector(bias), *act.arguments())
-    return Launch(_functions().activation, call, x, weight.size(0), x.dtype)
+    product = _product(x, weight, x.dtype)
+    call = _ActivationCall(product, _vector(bias), *act.arguments())
+    sizes = product.m, product.n, product.k, x.element_size(), bool(product.ieee), "activation"
+    in_graphs = gemm.small_pays(*sizes, gemm.processors(x.get_device()), captured=True)
+    return Launch(_functions().activation, call, x, weight.size(0), x.dtype, in_graphs)
 
 
 def batchnorm(
@@ -280,13 +295,13 @@ def _product(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> _Product:
     n, k = weight.shape
     return _Product(
         weight.data_ptr(), a[0], n, k, a[1], b[1],
-        DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], _exact(x, a[0], n), x.get_device(),
+        DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], _exact(x, a[0], n, k), x.get_device(),
     )  # fmt: skip
 
 
-def _exact(x: Tensor, m: int, n: int) -> bool:
-    """Whether products are float32's: also of a single row or column where TF32 is allowed, as the library has them."""
-    return x.dtype is torch.float32 and (m == 1 or n == 1 or gemm.ieee(x))
+def _exact(x: Tensor, m: int, n: int, k: int) -> bool:
+    """Whether products are float32's: where TF32 is allowed, with one row, column or term, as the library's are."""
+    return x.dtype is torch.float32 and (m == 1 or n == 1 or k == 1 or gemm.ieee(x))
 
 
 def _vector(t: Tensor | None) -> _Vector:

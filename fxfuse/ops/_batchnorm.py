@@ -19,6 +19,11 @@ Buffers = tuple[Tensor | None, Tensor | None]
 FEW_ROWS = 4  # up to here the library's product with its bias is another, better kernel than the one without
 
 
+def mode(training: bool) -> str:
+    """As the kernels' rules name it."""
+    return "training" if training else "evaluation"
+
+
 def product_has_bias(x: Tensor, training: bool) -> bool:
     """Whether a library's product takes the bias along, rather than the pass behind it. In training it cancels."""
     return not training and x.size(0) <= FEW_ROWS
@@ -86,7 +91,7 @@ def kernel_evaluation(
 ) -> Tensor:
     assert mean is not None and var is not None
     mean, var = mean.contiguous(), var.contiguous()
-    if small_gemm.why_not(x, weight) is None:
+    if small_gemm.why_not(x, weight, "evaluation") is None:
         return small_gemm.batchnorm(x, weight, c, mean, var, out_dtype, training=False)(x)
     if gemm.why_not_product(x, weight) is None:
         return kernels.eval_product(x, weight, c, mean, var, out_dtype)
@@ -114,7 +119,7 @@ def kernel_training(
     mean, var = running_mean, running_var
     if mean is not None and var is not None and not (update and mean.is_contiguous() and var.is_contiguous()):
         mean, var = mean.clone(memory_format=torch.contiguous_format), var.clone(memory_format=torch.contiguous_format)
-    small = not keep and small_gemm.why_not(x, weight, training=True) is None
+    small = not keep and small_gemm.why_not(x, weight, "training") is None
     product = not small and gemm.why_not_product(x, weight) is None
     done: tuple[Tensor, Tensor | None, Tensor] | None = None
     if small:

@@ -9,7 +9,7 @@ call finds it by a key and checks that all of it is still so:
 - gradients are off, or no tensor asks for one;
 - every address but x's, and whether x's is a multiple of 16;
 - the numbers, and for float32 the matmul precision settings;
-- no dispatch mode, torch function mode or forward-mode AD.
+- no dispatch mode, torch function mode or forward-mode AD; and no CUDA graph being captured, where that matters.
 
 Where anything differs the ordinary road decides, and what it did may be kept in turn. The key only finds: two things
 that share one are told apart by the checks. Addresses and layouts are kept, never tensors, so nothing that was freed
@@ -47,7 +47,7 @@ Launch = Callable[..., Tensor]
 class _Kept:
     """A launch and what it rests on."""
 
-    __slots__ = ("addresses", "aligned", "gradient", "launch", "numbers", "same", "settings")
+    __slots__ = ("addresses", "aligned", "gradient", "in_graphs", "launch", "numbers", "same", "settings")
 
     def __init__(self, tensors: Tensors, numbers: tuple[Any, ...], launch: Launch) -> None:
         given = [t for t in tensors if t is not None]
@@ -58,6 +58,7 @@ class _Kept:
         self.numbers = numbers
         self.settings = gemm.float32_settings() if given[0].dtype is torch.float32 else None
         self.launch = launch
+        self.in_graphs = getattr(launch, "in_graphs", True)
 
 
 class Calls:
@@ -84,6 +85,7 @@ class Calls:
             or _dispatch_modes()
             or _has_torch_function(x)  # a mode: the type is known
             or forward_ad._current_level >= 0
+            or (not kept.in_graphs and torch.cuda.is_current_stream_capturing())
             or (kept.settings is not None and kept.settings != gemm.float32_settings())
         ):
             return None

@@ -307,8 +307,12 @@ def linear_activation_scale(
     Raises ValueError for another activation, and what torch.nn.functional.linear raises for what does not fit.
     """
     out: Tensor
-    gradient = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
-    if type(x) is not Tensor or not x.is_cuda or gradient or torch.compiler.is_compiling():
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or not x.is_cuda
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight))
+    ):
         out = OP(x, weight, bias, activation, alpha, beta, pre_scale, scale)
         return out
     numbers = (activation, alpha, beta, pre_scale, scale)

@@ -45,6 +45,7 @@ from ._batchnorm import (
     kernel_evaluation,
     kernel_gradients,
     kernel_training,
+    mode,
     one_pass,
     per_column,
     product_has_bias,
@@ -311,7 +312,7 @@ def direct(x: Tensor, weight: Tensor, *others: Any) -> str:
         if x.dim() != 2:
             return "not x[M, K]"
         few = x.size(0) <= FEW_ROWS
-        if few and (graph or (others[8] and small_gemm.why_not(x, weight, training=True) is not None)):
+        if few and (graph or (others[8] and small_gemm.why_not(x, weight, "training") is not None)):
             return "too few rows for a pass of their own"
         if graph:
             return gemm.launches_dominate(x, weight, 6 if others[8] else 12)
@@ -325,7 +326,7 @@ def direct(x: Tensor, weight: Tensor, *others: Any) -> str:
 
 def told(road: Road, x: Tensor, weight: Tensor, *others: Any) -> Road:
     graph = torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others[:6])
-    small = road.name == "kernel" and not graph and small_gemm.why_not(x, weight, others[8]) is None
+    small = road.name == "kernel" and not graph and small_gemm.why_not(x, weight, mode(others[8])) is None
     return SMALL if small else road
 
 
@@ -381,7 +382,7 @@ def linear_scale_batchnorm1d(
     """
     statistics = (running_mean, running_var, training, momentum, eps)
     args: tuple[Any, ...] = (x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, *statistics)
-    if type(x) is Tensor and x.is_cuda and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cuda:
         return _call((id(weight), x.shape, training), args, None)
     return _ordinary(args)
 
@@ -411,7 +412,7 @@ CALLS = Calls()
 def _call(key: tuple[Any, ...], args: tuple[Any, ...], batches: Tensor | None) -> Tensor:
     """The op on a GPU; `batches`, when given, counts one more batch."""
     x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, mean, var, training, momentum, eps = args
-    if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight):
         if batches is not None:
             batches.add_(1)
         return _ordinary(args)
@@ -439,7 +440,7 @@ def _launch(args: tuple[Any, ...], batches: Tensor | None) -> Launch | None:
         return None
     c = columns(bias, scale, divisor, alpha, bn_weight, bn_bias, eps)
     rest = (mean, var, scaled_dtype(x, scale, divisor), training, momentum, batches)
-    if small_gemm.why_not(x, weight, training) is None:
+    if small_gemm.why_not(x, weight, mode(training)) is None:
         return small_gemm.batchnorm(x, weight, c, *rest)
     if gemm.why_not_product(x, weight) is None or (training and not one_pass(x.size(0), weight.size(0))):
         return None
@@ -484,7 +485,7 @@ def linear_scale_batchnorm1d_module(
     args: tuple[Any, ...] = (
         x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, mean, var, by_batch, momentum, bn.eps
     )  # fmt: skip
-    if type(x) is Tensor and x.is_cuda and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cuda:
         return _call((id(bn), x.shape, by_batch), args, batches)
     if batches is not None:
         batches.add_(1)

@@ -164,7 +164,8 @@ def test_a_float32_scale_makes_a_float32_result(dtype, training):
     x, w = randn(48, 200, dtype=dtype), randn(70, 200, dtype=dtype)
     c = lsb.Columns(None, randn(70, dtype=torch.float32), None, 1.0, None, randn(70, dtype=torch.float32), 1e-5)
     mean, var = randn(70, dtype=torch.float32), randn(70, dtype=torch.float32).abs()
-    got = small_gemm.batchnorm(x, w, c, mean.clone(), var.clone(), torch.float32, training, 0.2)(x)
+    kept = mean.clone(), var.clone()
+    got = small_gemm.batchnorm(x, w, c, *kept, torch.float32, training, 0.2)(x)
     eager = F.batch_norm(F.linear(x, w) * c.scale, mean.clone(), var.clone(), None, c.shift, training, 0.2, 1e-5)
     exact = [t.double() for t in (mean, var)]
     want = batch_norm(x, w, c, *exact, training, torch.float64)
