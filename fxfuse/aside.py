@@ -23,6 +23,9 @@ _has_torch_function = torch._C._has_torch_function
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
+_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+
+
 class Aside:
     """For which sizes of its arguments one forward steps aside."""
 
@@ -41,11 +44,14 @@ class Aside:
             return values[0].shape, values[0].dtype
         return tuple([(v.shape, v.dtype) if type(v) is Tensor else type(v) for v in values])
 
-    def takes(self, sizes: Hashable) -> bool:
-        """Whether a call of these sizes is known to go by eager's own operations. Not while a graph is captured, which
-        replays without the host."""
+    def takes(self, values: Sequence[Any]) -> bool:
+        """Whether this call is known to go by eager's own operations. Not while a graph is captured, which replays
+        without the host."""
+        if not self._left:
+            return False
+        sizes = self.sizes(values)
         left = self._left.get(sizes, 0)
-        if not left or torch.cuda.is_current_stream_capturing():
+        if not left or _capturing():
             return False
         self._left[sizes] = left - 1
         return True

@@ -77,15 +77,14 @@ class Plan:
 
     def __call__(self, owner: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call: by the graph that fits, else by ``original``: a forward of the owner, or a function."""
+        if not kwargs and self.aside.takes(args):
+            return _as_written(owner, original, args, kwargs)
         signature = self.signature
         if not kwargs and len(args) == signature.arity:
             values: list[Any] | tuple[Any, ...] | None = args
         else:
             values = signature.bind(args, kwargs)
         if values is None or hooked_everywhere():
-            return _as_written(owner, original, args, kwargs)
-        sizes = self.aside.sizes(values)
-        if sizes is not None and self.aside.takes(sizes):
             return _as_written(owner, original, args, kwargs)
         if len(values) == 1 and type(values[0]) is torch.Tensor:  # nearly every call
             kinds: tuple[Any, ...] = _ONE_TENSOR
@@ -101,7 +100,7 @@ class Plan:
             variant = found
         if variant.run is None:
             return _as_written(owner, original, args, kwargs)
-        before = Direct.calls
+        sizes, before = None if kwargs else self.aside.sizes(args), Direct.calls
         if kinds is _ONE_TENSOR:
             out = variant.run(owner, values[0])
         else:

@@ -268,3 +268,44 @@ def test_without_torchs_guards_nothing_is_kept(monkeypatch):
     monkeypatch.setattr(_short, "Guards", None)
     layer = Layer().keep()
     assert len(layer.calls) == 0 and not layer.found()
+
+
+def test_a_launch_that_is_not_for_graphs_is_not_found_while_one_is_captured(monkeypatch):
+    class Hasty:
+        in_graphs = False
+
+        def __call__(self, x, *others):
+            return x
+
+    layer, capturing = Layer(), []
+    layer.calls.keep("key", layer.tensors(), layer.numbers, Hasty)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    assert layer.calls.find("key", layer.tensors(), layer.numbers) is not None
+    capturing.append(1)
+    assert layer.calls.find("key", layer.tensors(), layer.numbers) is None
+
+
+OPS = ["activation", "evaluation", "training"]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("size", "exact"), [(2, False), (4, False), (4, True)])
+def test_the_rule_for_small_products(op, size, exact):
+    def pays(m, n, k, captured):
+        return gemm.small_pays(m, n, k, size, exact, op, 132, captured)
+
+    for m, n, k in ((1, 64, 64), (16, 256, 256), (32, 512, 512)):
+        assert pays(m, n, k, captured=False), (m, n, k)
+    for m, n, k in ((257, 64, 64), (256, 8192, 8192), (256, 4096, 4096)):
+        assert not pays(m, n, k, captured=False), (m, n, k)
+    for m in (1, 2, 16, 17, 64, 65, 128, 200, 256):
+        for n in (1, 64, 500, 2048):
+            for k in (1, 64, 500, 2048):
+                assert pays(m, n, k, captured=False) or not pays(m, n, k, captured=True)
+
+
+def test_what_a_product_takes_grows_with_it():
+    for all_rows in (False, True):
+        for size, exact in ((2, False), (4, False), (4, True)):
+            times = [gemm._small_us(m, m * 8, m * 8, size, exact, all_rows, 132) for m in (1, 8, 32, 64, 128, 256)]
+            assert times == sorted(times)

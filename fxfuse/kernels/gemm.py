@@ -162,18 +162,20 @@ def float32_pays(m: int, n: int, k: int) -> bool:
 
 def small_pays(m: int, n: int, k: int, size: int, exact: bool, op: str, processors: int, captured: bool) -> bool:
     """Whether ``small_gemm`` is expected to be at least as fast on the GPU as the library's product and the pass behind
-    it; or, outside of CUDA graphs, so fast that only the host's time counts, which a launch less shortens.
+    it; or, outside of CUDA graphs, so fast that only the host's time counts, which a launch less shortens, and still
+    about as fast as eager's own kernels.
 
     size: bytes of an element of x. exact: IEEE float32, by multiply-adds. op: "activation", "evaluation" or "training".
     processors: the GPU's multiprocessors. Both times are rules drawn from measured sizes (see docs/kernels-gemm.md).
     """
     if m > 256 or k > 8192 or n > 65536:
         return False
-    taken = _small_us(m, n, k, size, exact, op == "training", processors)
-    return taken <= _library_us(m, k, size, exact, op) or (op == "activation" and not captured and taken <= _HOST_US)
+    taken, library = _small_us(m, n, k, size, exact, op == "training", processors), _library_us(m, k, size, exact, op)
+    return taken <= library or (not captured and taken <= min(_HOST_US, 1.25 * (library + _PASSES_US[op])))
 
 
-_HOST_US = 10.5  # what the shortest call costs the host
+_HOST_US = 18.0  # what a call of several launches costs the host, at the least
+_PASSES_US = {"activation": 1.8, "evaluation": 4.0, "training": 5.0}  # of eager's kernels, beyond the pass behind it
 
 
 @functools.lru_cache(maxsize=4096)
@@ -181,7 +183,8 @@ def _small_us(m: int, n: int, k: int, size: int, exact: bool, all_rows: bool, pr
     """What ``small_gemm`` takes: its start, and the time in which a multiprocessor gets (or multiplies) its tiles."""
     rows, columns = _all_rows_tile(m, n, processors) if all_rows else _small_tile(m, n, processors)
     each = -(-m // rows) * -(-n // columns) / processors
-    work = rows * columns * k / _FMA[rows, columns] if exact else (rows + columns) * k * size / 33e3
+    rate = 42e3 if all_rows else 36e3  # bytes a microsecond
+    work = rows * columns * k / _FMA[rows, columns] if exact else (rows + columns) * k * size / rate
     return 2.3 + 1.2 * all_rows + 0.8 * min(1.0, each) + max(1.0, each) * work
 
 
@@ -210,16 +213,21 @@ def _all_rows_tile(m: int, n: int, processors: int) -> tuple[int, int]:
 
 def _library_us(m: int, k: int, size: int, exact: bool, op: str) -> float:
     """What the library's product and the pass behind it take at least, where the product is small."""
+    many = m >= 64
     if size == 2:
-        base, slope = {"activation": (3.6, 640), "evaluation": (5.2, 700), "training": (6.6, 500)}[op]
+        base, slope = {"activation": (3.5, 660), "evaluation": (6.5, 640) if many else (5.2, 700),
+                       "training": (6.6, 500)}[op]  # fmt: skip
     elif not exact:
-        base, slope = {"activation": (5.0, 400), "evaluation": (6.5, 500), "training": (7.0, 500)}[op]
+        base, slope = {"activation": (5.0, 400), "evaluation": (8.3, 600) if many else (6.5, 500),
+                       "training": (7.8, 500)}[op]  # fmt: skip
     elif m == 1:
         base, slope = (3.3, 2000) if op == "activation" else (4.5, 2000)
     elif m <= 16:
         base, slope = (3.2, 180) if op == "activation" else (6.5, 160)
+    elif op == "activation":
+        base, slope = 8.0, 60 if many else 170
     else:
-        base, slope = (8.0, 170) if op == "activation" else (8.0, 200)
+        base, slope = (8.6, 200) if op == "training" else (8.0, 90 if m >= 128 else 200)
     return base + k / slope
 
 

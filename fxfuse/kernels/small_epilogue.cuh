@@ -56,7 +56,7 @@ struct TrainEpilogue {
   LinearScale linear;
   BatchNormAffine norm;
   ColumnOutput running_mean, running_var;  // null: not tracked
-  double momentum;
+  double multiplier, momentum;             // as Python has them: rounded, they would move whole columns
   int64_t* batches;  // null: not counted
 
   struct Column {
@@ -88,7 +88,7 @@ struct TrainEpilogue {
     if (!p.inside) return;
     // One column's numbers in float64, rounded once: an error in them would be the whole column's.
     const double positive = m2 < 0 ? 0. : double(m2);  // max would turn NaN into 0
-    const double factor = double(linear.multiplier) * known.scale / known.divisor;
+    const double factor = multiplier * known.scale / known.divisor;
     const double rstd = 1. / sqrt(factor * factor * (positive / rows) + double(norm.eps));
     const float slope = float(known.gamma * factor * rstd), shift = float(known.beta - rest * slope);
 #pragma unroll

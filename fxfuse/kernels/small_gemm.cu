@@ -33,8 +33,8 @@ struct BatchNormCall {
   Vector bias, scale, divisor, gamma, beta, running_mean, running_var;
   int64_t* batches;
   int64_t training;
-  double momentum;
-  float multiplier, eps;
+  double momentum, multiplier;
+  float eps;
 };
 
 Operands operands(const Product& p, const void* x, void* out) {
@@ -83,13 +83,14 @@ FXFUSE_API int fxfuse_small_linear_scale_batchnorm1d(const void* call, const voi
   if (p.m == 0 || p.n == 0) return 0;
   if (p.out_dtype != p.dtype && p.out_dtype != kFloat32) return int(cudaErrorInvalidValue);
   FXFUSE_ON_DEVICE(int(p.device), props);
-  const LinearScale linear{c.bias, c.scale, c.divisor, c.multiplier};
+  const LinearScale linear{c.bias, c.scale, c.divisor, float(c.multiplier)};
   const BatchNormAffine norm{c.gamma, c.beta, c.eps};
   const auto s = static_cast<cudaStream_t>(stream);
   return int(small::with_kind(int(p.dtype), p.ieee != 0, [&](auto kind) {
     using Kind = decltype(kind);
     if (c.training) {
-      const small::TrainEpilogue<Kind::kFast> epilogue{linear, norm, c.running_mean, c.running_var, c.momentum, c.batches};
+      const small::TrainEpilogue<Kind::kFast> epilogue{linear,         norm,       c.running_mean, c.running_var,
+                                                            c.multiplier, c.momentum, c.batches};
       return small::launch_all_rows<Kind>(small::operands(p, x, out), epilogue, props->sm_count, s);
     }
     const small::EvalEpilogue<Kind::kFast> epilogue{{linear, norm, c.running_mean, c.running_var}};
@@ -114,12 +115,12 @@ FXFUSE_API int fxfuse_after_linear_scale_batchnorm1d(const void* call, const voi
   if (!c.training)
     return fxfuse_linear_scale_batchnorm1d_eval_apply(
         acc, out, p.m, p.n, c.bias.data, int(c.bias.code), c.scale.data, int(c.scale.code), c.divisor.data,
-        int(c.divisor.code), c.multiplier, c.gamma.data, int(c.gamma.code), c.beta.data, int(c.beta.code), c.eps,
+        int(c.divisor.code), float(c.multiplier), c.gamma.data, int(c.gamma.code), c.beta.data, int(c.beta.code), c.eps,
         c.running_mean.data, int(c.running_mean.code), c.running_var.data, int(c.running_var.code), dtype, out_dtype,
         device, stream);
   const int error = fxfuse_linear_scale_batchnorm1d_train_apply(
       acc, out, nullptr, 0, nullptr, saved, p.m, p.n, c.bias.data, int(c.bias.code), c.scale.data, int(c.scale.code),
-      c.divisor.data, int(c.divisor.code), c.multiplier, c.gamma.data, int(c.gamma.code), c.beta.data, int(c.beta.code),
+      c.divisor.data, int(c.divisor.code), float(c.multiplier), c.gamma.data, int(c.gamma.code), c.beta.data, int(c.beta.code),
       c.eps, c.running_mean.data, int(c.running_mean.code), c.running_var.data, int(c.running_var.code),
       float(c.momentum), dtype, out_dtype, device, stream);
   if (error != 0 || c.batches == nullptr) return error;

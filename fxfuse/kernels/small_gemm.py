@@ -40,7 +40,7 @@ __all__ = [
 ONE_LAUNCH = "a product this small takes one launch, which a call like one made before goes to at once"
 
 _ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
-_I64, _FLOAT = ctypes.c_int64, ctypes.c_float
+_I64, _FLOAT, _DOUBLE = ctypes.c_int64, ctypes.c_float, ctypes.c_double
 
 
 class _Vector(ctypes.Structure):
@@ -65,7 +65,7 @@ class _BatchNormCall(ctypes.Structure):
     _fields_ = [
         ("product", _Product),
         *[(name, _Vector) for name in ("bias", "scale", "divisor", "gamma", "beta", "running_mean", "running_var")],
-        ("batches", PTR), ("training", _I64), ("momentum", ctypes.c_double), ("multiplier", _FLOAT), ("eps", _FLOAT),
+        ("batches", PTR), ("training", _I64), ("momentum", _DOUBLE), ("multiplier", _DOUBLE), ("eps", _FLOAT),
     ]  # fmt: skip
 
 
@@ -220,9 +220,7 @@ def activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Laun
     """
     product = _product(x, weight, x.dtype)
     call = _ActivationCall(product, _vector(bias), *act.arguments())
-    sizes = product.m, product.n, product.k, x.element_size(), bool(product.ieee), "activation"
-    in_graphs = gemm.small_pays(*sizes, gemm.processors(x.get_device()), captured=True)
-    return Launch(_functions().activation, call, x, weight.size(0), x.dtype, in_graphs)
+    return Launch(_functions().activation, call, x, weight.size(0), x.dtype, _in_graphs(product, x, "activation"))
 
 
 def batchnorm(
@@ -243,7 +241,8 @@ def batchnorm(
     """
     product = _product(x, weight, out_dtype)
     call = _batchnorm_call(product, c, running_mean, running_var, training, momentum, batches)
-    return Launch(_functions().batchnorm, call, x, weight.size(0), out_dtype)
+    in_graphs = _in_graphs(product, x, "training" if training else "evaluation")
+    return Launch(_functions().batchnorm, call, x, weight.size(0), out_dtype, in_graphs)
 
 
 def after_activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> AfterProduct:
@@ -297,6 +296,12 @@ def _product(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> _Product:
         weight.data_ptr(), a[0], n, k, a[1], b[1],
         DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], _exact(x, a[0], n, k), x.get_device(),
     )  # fmt: skip
+
+
+def _in_graphs(p: _Product, x: Tensor, op: str) -> bool:
+    """Whether this kernel is also the way where the host's time does not count."""
+    processors = gemm.processors(x.get_device())
+    return gemm.small_pays(p.m, p.n, p.k, x.element_size(), bool(p.ieee), op, processors, captured=True)
 
 
 def _exact(x: Tensor, m: int, n: int, k: int) -> bool:

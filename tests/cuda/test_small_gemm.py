@@ -494,6 +494,59 @@ def test_captured_in_a_graph_and_on_a_side_stream(kind, training, short):
     torch.testing.assert_close(fused.bn.running_mean, eager.bn.running_mean, rtol=tolerance, atol=tolerance)
 
 
+def test_a_graph_gets_what_is_fastest_on_the_gpu(short):
+    """Where the kernel saves the host time and costs the GPU some, it is not for graphs, which replay without it."""
+    eager, fused = make(Head(1024, 1024), torch.bfloat16)
+    x = randn(128, 1024, dtype=torch.bfloat16)
+    assert small_gemm.why_not(x, fused.linear.weight) is None
+    with torch.no_grad():
+        for _ in range(3):
+            fused(x)
+        assert short[-1]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            assert small_gemm.why_not(x, fused.linear.weight) is not None
+            out = fused(x)
+        assert not short[-1]
+        graph.replay()
+        torch.testing.assert_close(out, eager(x), rtol=2e-2, atol=2e-2)
+        fused(x)
+        assert short[-1], "kept for the calls behind it"
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_library_s_product_and_a_kept_pass(training, kind, short):
+    """Past the small sizes the short road is the library's product, then the pass."""
+    for model, m in ((Block(2048, 1600), 500), (Head(2048, 1600), 500), (Block(4096, 4096), 3)):
+        eager, fused = make(model, kind)
+        eager.train(training), fused.train(training)
+        judge, errors = copy.deepcopy(eager).double(), Errors()
+        with torch.no_grad():
+            for _ in range(4):
+                x = randn(m, model.linear.in_features, dtype=kind)
+                errors.add("output", fused(x), eager(x), judge(x.double()))
+        assert short[-1] or (m == 3 and training)
+        errors.check()
+        for a, b in zip(fused.buffers(), eager.buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.launches_count
+def test_small_calls_with_gradients_step_aside():
+    eager, fused = make(Block(64, 48))
+    x = randn(32, 64, dtype=torch.float32)
+    for training in (False, True):
+        eager.train(training), fused.train(training)
+        for _ in range(3):
+            out, want = fused(x), eager(x)
+            assert torch.equal(out, want) and out.requires_grad
+        assert fused._fxfuse_plan.aside.takes((x,))
+        with torch.no_grad():
+            assert not fused._fxfuse_plan.aside.takes((x,))
+    assert int(fused.bn.num_batches_tracked) == int(eager.bn.num_batches_tracked)
+
+
 def test_nothing_freed_is_kept():
     _, fused = make(Head(64, 64))
     x = randn(32, 64, dtype=torch.float32)
