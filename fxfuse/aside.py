@@ -19,7 +19,9 @@ EVERY = 256  # calls until the ops are asked again
 MOST = 64  # sizes remembered for a forward
 
 _grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 _has_torch_function = torch._C._has_torch_function
+_has_torch_function_unary = torch._C._has_torch_function_unary
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
@@ -36,20 +38,25 @@ class Aside:
 
     def sizes(self, values: Sequence[Any]) -> Hashable | None:
         """By what this call is remembered; None for one that is not: without gradients, off the GPU, or watched."""
-        if not _grad_enabled() or torch.compiler.is_compiling() or not values or type(values[0]) is not Tensor:
+        if not _grad_enabled() or _is_compiling() or not values or type(values[0]) is not Tensor:
             return None
         if not values[0].is_cuda or _dispatch_modes() or _has_torch_function(values):
             return None
         if len(values) == 1:
-            return values[0].shape, values[0].dtype
+            return values[0].shape, values[0].dtype, True
         return tuple([(v.shape, v.dtype) if type(v) is Tensor else type(v) for v in values])
 
     def takes(self, values: Sequence[Any]) -> bool:
         """Whether this call is known to go by eager's own operations. Not while a graph is captured, which replays
         without the host."""
-        if not self._left:
+        if not self._left or not _grad_enabled() or _is_compiling():
             return False
-        sizes = self.sizes(values)
+        if len(values) == 1 and type(x := values[0]) is Tensor:  # nearly every call: `sizes` in fewer steps
+            sizes: Hashable = (x.shape, x.dtype, x.is_cuda)
+            if sizes not in self._left or _dispatch_modes() or _has_torch_function_unary(x):
+                return False
+        else:
+            sizes = self.sizes(values)
         left = self._left.get(sizes, 0)
         if not left or _capturing():
             return False

@@ -77,8 +77,6 @@ class Plan:
 
     def __call__(self, owner: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call: by the graph that fits, else by ``original``: a forward of the owner, or a function."""
-        if not kwargs and self.aside.takes(args):
-            return _as_written(owner, original, args, kwargs)
         signature = self.signature
         if not kwargs and len(args) == signature.arity:
             values: list[Any] | tuple[Any, ...] | None = args
@@ -225,6 +223,8 @@ def fused_class(original: Any) -> type:
         plan = self.__dict__.get(_ATTRIBUTE)
         if plan is None:  # made by calling the class
             return original.forward(self, *args, **kwargs)
+        if not kwargs and plan.aside.takes(args):
+            return original.forward(self, *args)
         return plan(self, original.forward, args, kwargs)
 
     def reduce(self: Any, protocol: Any = None) -> Any:
