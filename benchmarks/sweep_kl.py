@@ -1,9 +1,12 @@
 """kl_div and distillation_kl over many sizes, through the ops: where eager or torch.compile is faster.
 
     python benchmarks/sweep_kl.py [--compile] [--only kl_div|distillation_kl] [--dtypes fp32,bf16,fp16] [--budget S]
+                                  [--json FILE] [--warm I/N]
 
 Calls of the three are interleaved and timed with CUDA events, host included; medians. One line for every size where we
-are slower than eager, or (above a million elements, with --compile) than torch.compile; nothing else but a summary.
+are slower than eager, or (above a million elements, with --compile) than torch.compile; nothing else but a summary. All
+times go to FILE. Compiling takes longer than measuring: N processes with --warm 0/N, 1/N, .. fill torch.compile's cache
+side by side, and measure nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fxfuse.bench import record
 from fxfuse.ops.distillation_kl import distillation_kl
 from fxfuse.ops.kl_div import kl_div
 
@@ -30,6 +34,7 @@ SIZES = [
     (16384, 4096), (16384, 32000), (65536, 10), (65536, 512), (65536, 1000), (65536, 8192),
 ]  # fmt: skip
 Loss = Callable[[Tensor, Tensor], Tensor]
+Row = tuple[str, str, str, tuple[int, int], dict[str, float]]  # loss, precision, mode, size, ms by rival
 
 
 def eager_kl(x: Tensor, t: Tensor) -> Tensor:
@@ -65,20 +70,41 @@ def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str,
     return {name: statistics.median(all_) for name, all_ in times.items()}
 
 
+def summary(rows: list[Row]) -> record.Table:
+    """Per loss, precision and mode: how many sizes, and where each rival comes nearest."""
+    lines: list[list[str]] = []
+    for key in dict.fromkeys(row[:3] for row in rows):
+        mine = [row for row in rows if row[:3] == key]
+        cells = [*key, str(len(mine))]
+        for rival in ("eager", "compile"):
+            ratios = [(row[4][rival] / row[4]["ours"], row[3]) for row in mine if rival in row[4]]
+            least, shape = min(ratios, default=(0.0, ()))
+            cells += [f"{len(ratios)}", f"{least:.2f}×" if ratios else "", "×".join(map(str, shape))]
+        lines.append(cells)
+    headings = ["loss", "precision", "mode", "sizes"]
+    for rival in ("eager", "torch.compile"):
+        headings += [f"against {rival}", "least", "at"]
+    return record.table(headings, lines, 3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", choices=OPS)
     parser.add_argument("--dtypes", default="fp32,bf16,fp16")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--warm", help="I/N: only compile, for every N-th size from the I-th on")
     parser.add_argument("--budget", type=float, default=300.0, help="seconds; sizes that are left are skipped")
     options = parser.parse_args()
+    share, shares = map(int, options.warm.split("/")) if options.warm else (0, 1)
     start, done, skipped, slower = time.perf_counter(), 0, 0, 0
+    rows: list[Row] = []
     torch.manual_seed(0)
     for name, (ours, eager) in OPS.items():
         if options.only not in (None, name):
             continue
         for label in options.dtypes.split(","):
-            for shape in SIZES:
+            for shape in SIZES[share::shares]:
                 if time.perf_counter() - start > options.budget:
                     skipped += 1
                     continue
@@ -97,14 +123,22 @@ def main() -> None:
                             calls[who] = lambda loss=loss, x=x, t=t: loss(x, t)
                         else:
                             calls[who] = lambda loss=loss, t=t, leaf=leaf: torch.autograd.grad(loss(leaf, t), leaf)
+                    if options.warm:
+                        calls.get("compile", int)()
+                        continue
                     found = medians(calls, 0.1)
                     done += 1
+                    rows.append((name, label, mode, shape, found))
                     if min(found.values()) < found["ours"]:
                         slower += 1
                         numbers = "  ".join(f"{who} {ms:.4f}" for who, ms in found.items())
                         print(f"{name} {label} {shape[0]}x{shape[1]} {mode}: {numbers}", flush=True)
                 del x, t, leaf
     print(f"{done} comparisons, {slower} where another is faster, {skipped} sizes skipped; ms")
+    if options.json:
+        command = " ".join(["python benchmarks/sweep_kl.py", *sys.argv[1:]])
+        command = command.replace(str(options.json), options.json.name)
+        record.write(options.json, command, {"losses": summary(rows)}, torch.device("cuda"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -136,3 +137,16 @@ def samples(size: int = 1, seed: int = 0) -> Iterator[Sample]:
             label = f"{label}-{'train' if training else 'eval'}"
             places = tuple(i for i in range(8) if isinstance(args[i], Tensor))
             yield Sample("linear_scale_batchnorm1d", label, args, plain_batchnorm, places)
+
+
+SMALL = list(samples())
+EVERY = pytest.mark.parametrize("sample", SMALL, ids=str)
+NAMES = pytest.mark.parametrize("name", ops.names())
+
+
+def copies(args: tuple[Any, ...], grads: tuple[int, ...] = ()) -> tuple[Any, ...]:
+    return tuple(a.clone().requires_grad_(i in grads) if isinstance(a, Tensor) else a for i, a in enumerate(args))
+
+
+def first_of(op: str, label: str = "") -> Sample:
+    return next(s for s in SMALL if s.op == op and s.label.startswith(label))

@@ -29,7 +29,10 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import ops
+from fxfuse.bench import rivals
 from fxfuse.kernels import gemm
+from fxfuse.ops import linear_scale_batchnorm1d as bn_file
+from fxfuse.ops._road import Road
 from fxfuse.rewrite import Fuel
 
 torch.set_num_threads(1)
@@ -364,6 +367,36 @@ def _small_steps_take_the_kernels(request: pytest.FixtureRequest, monkeypatch: p
         monkeypatch.setattr(gemm, "_LAUNCH_US", 0.0)
 
 
+# --- fixtures of several files -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plant_rival(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
+    """Adds a rival to the bench for one test: plant_rival(name, prepare)."""
+
+    def plant(name: str, prepare: Any) -> None:
+        monkeypatch.setitem(rivals.RIVALS, name, rivals.Rival(name, name, prepare))
+
+    return plant
+
+
+@pytest.fixture
+def closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call that may takes the closed form: no shortcut for small tensors, none for training on the CPU."""
+    for name in ops.names():
+        monkeypatch.setattr(ops.get(name), "direct", None)
+    batchnorm, own = bn_file.OP, bn_file.OP._road
+
+    def road(*args: Any) -> Road:
+        found = own(*args)
+        return bn_file.CLOSED if found.why.startswith("no kernel") else found
+
+    monkeypatch.setattr(batchnorm, "_road", road)
+
+
+# --- tests on a GPU ------------------------------------------------------------------------------------------------
+
+
 def why_no_cuda() -> str | None:
     """Why CUDA tests cannot run here, or None."""
     if torch.version.cuda is None:
@@ -374,7 +407,7 @@ def why_no_cuda() -> str | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reason = why_no_cuda()
     for item in items if reason is not None else ():
-        if "cuda" in item.keywords:
+        if item.get_closest_marker("cuda") is not None:  # keywords hold the ids of parameters, too
             item.add_marker(pytest.mark.skip(reason=f"CUDA: {reason}"))
 
 

@@ -67,6 +67,21 @@ class Branching(nn.Module):
         return self.second(self.first(x))
 
 
+class Holder(nn.Module):
+    """A child that matches, inside a forward given as a function of (self, ...)."""
+
+    def __init__(self, **attributes) -> None:
+        super().__init__()
+        self.block = Halved()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def module(forward, **attributes) -> nn.Module:
+    """A module with this forward and a `block` that matches linear → relu → / 2."""
+    return type("Case", (Holder,), {"forward": forward, "__module__": __name__})(**attributes)
+
+
 # --- what they are checked with ----------------------------------------------------------------------------------
 
 
@@ -137,7 +152,7 @@ def assert_same(got: Any, expected: Any, **close: Any) -> None:
     assert type(got) is type(expected)
     got, expected = tensors_of(got), tensors_of(expected)
     assert len(got) == len(expected)
-    for a, b in zip(got, expected, strict=False):
+    for a, b in zip(got, expected, strict=True):
         if isinstance(b, torch.Tensor):
             torch.testing.assert_close(a, b, **close)
         else:
@@ -151,7 +166,7 @@ def check(model: nn.Module, *args: Any, example: Any = None, modes=(True, False,
     fused = fxfuse.optimize(model, example)
     assert_untouched(before, model)
     assert list(fused.state_dict()) == list(model.state_dict())
-    assert all(a is b for a, b in zip(fused.parameters(), model.parameters(), strict=False))
+    assert all(a is b for a, b in zip(fused.parameters(), model.parameters(), strict=True))
     for mode in modes:
         fused.train(mode), reference.train(mode)
         outputs = []
@@ -165,11 +180,11 @@ def check(model: nn.Module, *args: Any, example: Any = None, modes=(True, False,
             if isinstance(total, torch.Tensor):
                 total.backward()
         assert_same(*outputs, rtol=1e-4, atol=1e-5)
-        for (name, a), b in zip(fused.named_parameters(), reference.parameters(), strict=False):
+        for (name, a), b in zip(fused.named_parameters(), reference.parameters(), strict=True):
             assert (a.grad is None) == (b.grad is None), name
             if b.grad is not None:
                 torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-        for (name, a), b in zip(fused.named_buffers(), reference.buffers(), strict=False):
+        for (name, a), b in zip(fused.named_buffers(), reference.buffers(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     fused.zero_grad(set_to_none=True)
     return fused
@@ -177,6 +192,11 @@ def check(model: nn.Module, *args: Any, example: Any = None, modes=(True, False,
 
 def patterns_in(fused: Any) -> list[str]:
     return sorted(r.pattern for r in fxfuse.report(fused).replacements)
+
+
+def reason_of(fused) -> str:
+    """Why the model itself could not be traced."""
+    return next(u.reason for u in fxfuse.report(fused).untraceable if u.where == "")
 
 
 # --- blocks as real models have them -----------------------------------------------------------------------------

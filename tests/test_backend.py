@@ -45,11 +45,14 @@ def compiled(model, inner="aot_eager", backend="fxfuse", **kwargs):
 
 
 def step(module, *args):
-    module.zero_grad()
+    """Outputs, and gradients of the parameters and of the arguments that want one."""
+    wanted = [*module.parameters(), *(a for a in args if a.requires_grad)]
+    for leaf in wanted:
+        leaf.grad = None
     out = module(*args)
     total = sum(o.square().sum() for o in (out if isinstance(out, tuple) else (out,)))
     total.backward()
-    return out, [p.grad.clone() for p in module.parameters()]
+    return out, [leaf.grad.clone() for leaf in wanted]
 
 
 def test_it_is_found_by_name():
@@ -78,7 +81,7 @@ def test_training_and_inference(build, inner):
         assert newest() and fxfuse.reports()[-1].title.startswith("torch.compile")
         assert_same(got, expected, rtol=1e-4, atol=1e-5)
         assert_same(grads, wanted, rtol=1e-3, atol=1e-4)
-        for a, b in zip(model.buffers(), reference.buffers(), strict=False):
+        for a, b in zip(model.buffers(), reference.buffers(), strict=True):
             torch.testing.assert_close(a, b)
     for region in (torch.no_grad, torch.inference_mode):
         with region():
@@ -93,7 +96,7 @@ def test_losses(inner):
     assert newest() == ["distillation_kl", "kl_div", "matmul_div_sum_scale"]
     assert_same(got, expected, rtol=1e-4, atol=1e-5)
     for a, b in zip(torch.autograd.grad(got[0] + got[1].sum(), args[:2]),
-                    torch.autograd.grad(expected[0] + expected[1].sum(), args[:2]), strict=False):  # fmt: skip
+                    torch.autograd.grad(expected[0] + expected[1].sum(), args[:2]), strict=True):  # fmt: skip
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

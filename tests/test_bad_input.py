@@ -111,12 +111,13 @@ def test_the_log_tells_what_was_replaced(monkeypatch, capsys):
 
 
 def test_a_model_that_fails_fails_the_same():
-    fused = fxfuse.optimize(Halved())
+    model = Halved()
+    fused = fxfuse.optimize(model)
     with pytest.raises(RuntimeError) as theirs:
-        F.linear(torch.randn(5, 7), fused.fc.weight)
+        model(torch.randn(5, 7))
     with pytest.raises(RuntimeError) as ours:
         fused(torch.randn(5, 7))
-    assert str(ours.value).splitlines()[0].startswith(str(theirs.value).splitlines()[0][:10])
+    assert str(ours.value) == str(theirs.value)
 
 
 def test_a_model_that_always_raises_raises_its_own_error():

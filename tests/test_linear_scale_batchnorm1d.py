@@ -162,7 +162,7 @@ POSITIVE = [
         X,
         ONE,
         modes=STEPS,
-        cannot=dict.fromkeys(DYNAMO[1:], Exception),
+        cannot=dict.fromkeys(DYNAMO[1:], torch._dynamo.exc.UserError),
         lossy=("export",),
     ),
     Case("other_momentum_and_eps", net(momentum=0.3, eps=1e-2), X, ONE, modes=STEPS),

@@ -257,7 +257,7 @@ def test_matching_takes_steps_in_proportion_to_the_graph(kind: str, monkeypatch:
         steps = 0
         find(View(*network(kind, size)), select(None))
         taken.append(steps)
-    assert taken[1] <= 12 * taken[0]
+    assert 0 < taken[1] <= 12 * taken[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -38,7 +38,7 @@ def through_torch_save(module):
 def test_copies_run_fused(build, way):
     fused = fxfuse.optimize(build())
     copied = way(fused)
-    assert not any(a is b for a, b in zip(copied.parameters(), fused.parameters(), strict=False))
+    assert not any(a is b for a, b in zip(copied.parameters(), fused.parameters(), strict=True))
     assert list(copied.state_dict()) == list(fused.state_dict())
     for mode in (True, False):
         copied.train(mode), fused.train(mode)
@@ -215,7 +215,7 @@ def test_compile_of_an_optimized_module(build, backend):
         assert_same(a, b, rtol=1e-4, atol=1e-5)
         fused.zero_grad(), reference.zero_grad()
         a.square().sum().backward(), b.square().sum().backward()
-        for p, q in zip(fused.parameters(), reference.parameters(), strict=False):
+        for p, q in zip(fused.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
 
 

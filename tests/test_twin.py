@@ -55,7 +55,7 @@ def test_state_dict_both_ways(build):
     assert [n for n, _ in fused.named_parameters()] == [n for n, _ in model.named_parameters()]
     assert [n for n, _ in fused.named_modules()] == [n for n, _ in model.named_modules()]
     fused.load_state_dict(other.state_dict(), strict=True)
-    for value, wanted in zip(model.state_dict().values(), other.state_dict().values(), strict=False):
+    for value, wanted in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(value, wanted)
     build().load_state_dict(fused.state_dict(), strict=True)
     fxfuse.optimize(other).load_state_dict(fused.state_dict(), strict=True)
@@ -65,9 +65,9 @@ def test_state_dict_both_ways(build):
 def test_parameters_and_buffers_are_the_same_objects():
     model = Branching()
     fused = fxfuse.optimize(model)
-    for (name, a), (other, b) in zip(fused.named_parameters(), model.named_parameters(), strict=False):
+    for (name, a), (other, b) in zip(fused.named_parameters(), model.named_parameters(), strict=True):
         assert name == other and a is b
-    for (name, a), (other, b) in zip(fused.named_buffers(), model.named_buffers(), strict=False):
+    for (name, a), (other, b) in zip(fused.named_buffers(), model.named_buffers(), strict=True):
         assert name == other and a is b
 
 

@@ -1,7 +1,7 @@
 """Times of several callables taken side by side, so that drift of the machine falls on all of them alike.
 
-CUDA: events around a group of calls long enough for the host to run ahead, as it does in a training loop: host time
-counts only where the GPU has to wait for it.
+CUDA: events around a group of calls in the middle of a loop, as in training: one call goes before the clock starts, so
+that the host is as far ahead of the GPU as it gets, and host time counts only where the GPU has to wait for it.
 CPU: `time.perf_counter`. Each round times every callable once, beginning with another one each round.
 """
 
@@ -65,6 +65,8 @@ class _Clock:
         first, self.calls = self.calls, self.calls + n
         if self.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if n > 1:  # a single call is long
+                step(first + n)
             start.record()
             for i in range(n):
                 step(first + i)

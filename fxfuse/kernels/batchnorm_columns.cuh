@@ -55,12 +55,13 @@ struct EvalColumns {
     const float s = linear.s(c), rstd = rsqrtf(running_var.at(c, 1.f) + norm.eps);
     return {s, linear.bias.at(c, 0.f) * s - running_mean.at(c, 0.f), norm.gamma.at(c, 1.f) * rstd, norm.beta.at(c, 0.f)};
   }
-  // The same as acc * x + y, rounded once from float64: for epilogues, which have room for two numbers a column.
+  // The same as acc * x + y, computed in Real: for epilogues, which have room for two numbers a column.
+  template <typename Real>
   __device__ __forceinline__ float2 folded(int64_t c) const {
-    const double s = double(linear.multiplier) * linear.scale.at(c, 1.f) / linear.divisor.at(c, 1.f);
-    const double g = norm.gamma.at(c, 1.f) / sqrt(double(running_var.at(c, 1.f)) + double(norm.eps));
-    const double e = linear.bias.at(c, 0.f) * s - running_mean.at(c, 0.f);
-    return {float(s * g), float(fma(e, g, double(norm.beta.at(c, 0.f))))};
+    const Real s = Real(linear.multiplier) * linear.scale.at(c, 1.f) / linear.divisor.at(c, 1.f);
+    const Real g = norm.gamma.at(c, 1.f) / sqrt(Real(running_var.at(c, 1.f)) + Real(norm.eps));
+    const Real e = linear.bias.at(c, 0.f) * s - running_mean.at(c, 0.f);
+    return {float(s * g), float(fma(e, g, Real(norm.beta.at(c, 0.f))))};
   }
 };
 
@@ -72,6 +73,7 @@ struct TrainState {
   float momentum;
   float* saved;  // [3, columns]: mean of acc, rstd, and what rounding left out of the mean; for the backward pass
   int64_t columns;
+  int64_t* batches = nullptr;  // null: not counted
 
   // What a column's statistics are combined with; loaded early where latency counts.
   struct Known {
@@ -96,6 +98,7 @@ struct TrainState {
       running_mean.set(c, momentum * z_mean + (1.f - momentum) * running_mean.read().at(c, 0.f));
       running_var.set(c, momentum * unbiased + (1.f - momentum) * running_var.read().at(c, 0.f));
     }
+    if (c == 0 && batches != nullptr) *batches += 1;
     saved[c] = m.mean;
     saved[columns + c] = rstd(k, m);
     saved[2 * columns + c] = rest;

@@ -56,13 +56,13 @@ void with_width(int64_t columns, bool aligned, Body&& body) {
 #define FXFUSE_LINEAR_SCALE_VALUE LinearScale{{bias, bias_code}, {scale, scale_code}, {divisor, divisor_code}, multiplier}
 #define FXFUSE_BATCHNORM_VALUE BatchNormAffine{{gamma, gamma_code}, {beta, beta_code}, eps}
 
-// A GEMM of dtype T; `ieee`: float32 products are float32, not TF32.
-template <typename Epilogue, typename T, typename Out>
+// A GEMM of dtype T; `ieee`: float32 products are float32, not TF32, and their epilogue is Exact.
+template <typename Epilogue, typename T, typename Out, typename Exact = Epilogue>
 cudaError_t product(const hopper::Operands& operands, const typename Epilogue::Params& params, int ieee, int device,
                     int sm_count, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   if constexpr (std::is_same_v<T, float>)
-    if (ieee) return hopper::float32_gemm<Epilogue>(operands, params, device, sm_count, s);
+    if (ieee) return hopper::float32_gemm<Exact>(operands, params, device, sm_count, s);
   return hopper::gemm<Epilogue, T, Out>(operands, params, device, sm_count, s);
 }
 
@@ -84,7 +84,8 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_eval(const void* x, const void* w
                             {running_var, var_code}};
   const hopper::Operands operands{x, weight, out, m, n, k, pitch_x, pitch_w, n};
   FXFUSE_DISPATCH_PAIR(dtype, out_dtype, T, Out, {
-    FXFUSE_CHECK((product<hopper::BatchNormEvalEpilogue, T, Out>(operands, columns, ieee, device, props->sm_count, stream)));
+    FXFUSE_CHECK((product<hopper::BatchNormEvalEpilogue<false>, T, Out, hopper::BatchNormEvalEpilogue<true>>(
+        operands, columns, ieee, device, props->sm_count, stream)));
   })
   return 0;
 }
@@ -103,31 +104,33 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_product(const void* x, const void
   return 0;
 }
 
-// Training in one kernel: out[m, n] normalised, running statistics updated, saved[3, n] written, and where acc is not null
-// acc[m, n] = x weight^T. For at most 1024 rows. partials[ceil(m / 64), n] float pairs and arrived[ceil(n / 128)] ints are
-// scratch.
+// Training in one kernel: out[m, n] normalised, running statistics updated, saved[3, n] written, *batches (int64) one more
+// where not null, and where acc is not null acc[m, n] = x weight^T. With ieee for at most 1024 rows. partials[ceil(m / 64), n]
+// and maps[n], float pairs, are scratch; counters[1 + 2 ceil(n / 128)] ints are zero and left so, by the last of the stream's
+// launches that uses them.
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train(const void* x, const void* weight, void* out, void* acc, void* partials,
-                                                     void* arrived, void* saved, int64_t m, int64_t n, int64_t k,
-                                                     int64_t pitch_x, int64_t pitch_w, FXFUSE_LINEAR_SCALE,
-                                                     FXFUSE_BATCHNORM, void* running_mean, int mean_code,
-                                                     void* running_var, int var_code, float momentum, int ieee,
-                                                     int dtype, int device, void* stream) {
-  if (m > kSmallRows) return int(cudaErrorInvalidValue);
+                                                     void* maps, void* counters, void* saved, void* batches, int64_t m,
+                                                     int64_t n, int64_t k, int64_t pitch_x, int64_t pitch_w,
+                                                     FXFUSE_LINEAR_SCALE, FXFUSE_BATCHNORM, void* running_mean,
+                                                     int mean_code, void* running_var, int var_code, float momentum,
+                                                     int ieee, int dtype, int device, void* stream) {
+  if (m > kSmallRows && ieee && dtype == kFloat32) return int(cudaErrorInvalidValue);
   FXFUSE_ON_DEVICE(device, props);
   if (!is_hopper(*props)) return int(cudaErrorNotSupported);
   const auto s = static_cast<cudaStream_t>(stream);
   const TrainState state{FXFUSE_LINEAR_SCALE_VALUE, FXFUSE_BATCHNORM_VALUE, {running_mean, mean_code},
-                         {running_var, var_code}, momentum, static_cast<float*>(saved), n};
+                         {running_var, var_code}, momentum, static_cast<float*>(saved), n, static_cast<int64_t*>(batches)};
   const hopper::Operands operands{x, weight, out, m, n, k, pitch_x, pitch_w, n, acc};
-  FXFUSE_CHECK(cudaMemsetAsync(arrived, 0, ceil_div<int64_t>(n, 128) * sizeof(int), s));
+  const auto run = [&](auto epilogue, auto type) {
+    using Epilogue = decltype(epilogue);
+    using T = decltype(type);
+    return product<Epilogue, T, T>(
+        operands, {state, static_cast<float2*>(partials), static_cast<float2*>(maps), {static_cast<int*>(counters)}}, ieee, device,
+        props->sm_count, s);
+  };
   FXFUSE_DISPATCH(dtype, T, {
-    if (acc == nullptr) {
-      FXFUSE_CHECK((product<hopper::BatchNormTrainEpilogue<false>, T, T>(
-          operands, {state, static_cast<float2*>(partials), static_cast<int*>(arrived)}, ieee, device, props->sm_count, s)));
-    } else {
-      FXFUSE_CHECK((product<hopper::BatchNormTrainEpilogue<true>, T, T>(
-          operands, {state, static_cast<float2*>(partials), static_cast<int*>(arrived)}, ieee, device, props->sm_count, s)));
-    }
+    FXFUSE_CHECK(acc == nullptr ? run(hopper::BatchNormTrainEpilogue<false>{}, T{})
+                                : run(hopper::BatchNormTrainEpilogue<true>{}, T{}));
   });
   return 0;
 }

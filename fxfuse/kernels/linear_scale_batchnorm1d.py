@@ -87,7 +87,7 @@ def _functions() -> _Functions:
     return _Functions(
         found.function(_NAME + "eval", [PTR] * 3 + [I64] * 5 + columns + vector * 2 + [INT] * 3 + end),
         found.function(_NAME + "product", [PTR] * 4 + [I64] * 5 + [INT] * 2 + end),
-        found.function(_NAME + "train", [PTR] * 7 + [I64] * 5 + columns + vector * 2 + [FLOAT, INT, INT] + end),
+        found.function(_NAME + "train", [PTR] * 9 + [I64] * 5 + columns + vector * 2 + [FLOAT, INT, INT] + end),
         found.function(_NAME + "eval_apply", [PTR] * 2 + [I64] * 2 + columns + vector * 2 + [INT, INT] + end),
         found.function(_NAME + "block_rows", [I64, PTR]),
         found.function(_NAME + "statistics", [PTR] * 2 + [I64] * 2 + [INT] + end),
@@ -148,7 +148,22 @@ def train_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Partials]:
 
 def one_kernel(x: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether ``train`` takes this batch, beside what ``gemm.why_not_product`` asks."""
-    return x.size(0) <= SMALL_ROWS and x.dtype == out_dtype
+    return x.dtype == out_dtype and (x.size(0) <= SMALL_ROWS or not gemm.ieee(x))
+
+
+_zeros: dict[tuple[int, int], Tensor] = {}
+
+
+def _counters(device: torch.device, queue: int, count: int) -> Tensor:
+    """int32 zeros that ``train`` leaves as zeros: one tensor for each stream, whose launches follow each other. A graph
+    under capture has its own, since it may be replayed on any stream."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device.index, queue)
+    kept = _zeros.get(key)
+    if kept is None or kept.numel() < count:
+        kept = _zeros[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return kept
 
 
 def train(
@@ -161,7 +176,7 @@ def train(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """A training step in one kernel: (out [M, N], acc or None, saved [3, N]), where ``gemm.why_not_product`` is None
-    and M is at most 1024. ``keep``: whether the bare product acc is wanted for the backward pass.
+    and ``one_kernel`` holds. ``keep``: whether the bare product acc is wanted for the backward pass.
 
     None, and nothing done, where the device has no room for all of its blocks at once (part of it is set aside).
     """
@@ -171,14 +186,16 @@ def train(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     acc = torch.empty_like(out) if keep else None
     blocks = -(-m // _PRODUCT_ROWS)
-    scratch = torch.empty(blocks * n * 2 + -(-n // 128), dtype=torch.float32, device=x.device)
+    pairs = (blocks + 1) * n  # partials, and the columns' maps
+    scratch = torch.empty(2 * pairs, dtype=torch.float32, device=x.device)
     saved = torch.empty(3, n, dtype=torch.float32, device=x.device)
-    partials = scratch.data_ptr()
+    partials, queue = scratch.data_ptr(), stream(device)
+    counters = _counters(x.device, queue, 1 + 2 * -(-n // 128))
     try:
         _functions().train(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
-            saved.data_ptr(), m, n, weight.size(1), a[1], b[1], *c.arguments(), *_vector(running_mean),
-            *_vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype], device, stream(device),
+            counters.data_ptr(), saved.data_ptr(), None, m, n, weight.size(1), a[1], b[1], *c.arguments(), *_vector(running_mean),
+            *_vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype], device, queue,
         )  # fmt: skip
     except KernelError as error:
         if error.code != _TOO_LARGE_TO_COOPERATE:

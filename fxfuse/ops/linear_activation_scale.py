@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fxfuse.kernels import float32_gemm, gemm, small_gemm
 from fxfuse.kernels import linear_activation_scale as kernels
+from fxfuse.kernels import matmul_div_sum_scale as collapse
 from fxfuse.kernels.linear_activation_scale import Act
 
 from ._autocast import cast
@@ -233,8 +234,16 @@ def linear_backward(
     if wanted[1]:
         dw = _product(flat.t(), x.reshape(-1, x.size(-1)), factor)
     if bias is not None and wanted[2]:
-        db = flat.sum(0) if factor == 1 else flat.sum(0, dtype=wide(flat.dtype)).mul_(factor).to(flat.dtype)
+        db = _column_sums(flat, factor)
     return dx, dw, db
+
+
+def _column_sums(dz: Tensor, factor: float) -> Tensor:
+    """factor · the sums of dz's columns, in its dtype: by the kernel, since ATen's takes scratch of several times dz."""
+    if dz.is_cuda and dz.numel() and collapse.why_not(dz, dz) is None:
+        sums = collapse.column_sums(dz, None)[: dz.size(1)]
+        return (sums if factor == 1 else sums.mul_(factor)).to(dz.dtype)
+    return dz.sum(0) if factor == 1 else dz.sum(0, dtype=wide(dz.dtype)).mul_(factor).to(dz.dtype)
 
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:

@@ -172,12 +172,14 @@ def test_product_statistics(m, n, k, dtype, offset):
         assert error(m2, (want - want.mean(0)).square().sum(0)) < (5e-3 if dtype == torch.float32 else 1e-4)
 
 
+ONE_ROUND = [(1024, 8192, 256), (1000, 520, 328), (77, 264, 40), (513, 1032, 8), (2, 64, 64)]
+BEHIND = [(1024, 16384, 72), (1025, 264, 40), (3000, 1032, 200), (4096, 4096, 512), (16400, 2056, 136), (70000, 64, 16)]
+
+
 @on_hopper
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize(
-    ("m", "n", "k"), [(1024, 8192, 256), (1000, 520, 328), (77, 264, 40), (513, 1032, 8), (2, 64, 64)]
-)
+@pytest.mark.parametrize(("m", "n", "k"), ONE_ROUND + BEHIND)
 def test_train_in_one_kernel(m, n, k, keep, dtype):
     x, weight, c = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype) / k**0.5, columns(n, dtype)
     running = randn(n, dtype=torch.float32), randn(n, dtype=torch.float32).abs()

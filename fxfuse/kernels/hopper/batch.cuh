@@ -6,47 +6,37 @@
 #pragma once
 
 #include "../batchnorm_columns.cuh"
-#include "barrier.cuh"
+#include "behind.cuh"
 #include "wgmma.cuh"
 
 namespace fxfuse::hopper {
 
-template <int BN>
+// CONSUMERS warpgroups of a block: thread c of them merges column c of the tile.
+template <int BN, int CONSUMERS>
 class BatchExchange {
  public:
-  static constexpr int kOwn = BN / kWarpgroup;  // columns that a thread merges
-  static constexpr int kMostBlocks = 16;        // of 64 rows
-
-  // After ColumnStatistics::write, whose last barrier orders the warpgroup's partials before this. `arrived` counts the
-  // warpgroups of this column of tiles.
-  static __device__ __forceinline__ void arrive(int* arrived, int thread) {
-    if (thread == 0) {
-      __threadfence();
-      atomicAdd(arrived, 1);
-    }
-  }
+  static constexpr int kMostBlocks = 16;  // of 64 rows
+  static constexpr int kThreads = CONSUMERS * kWarpgroup;
+  static constexpr int kBarrier = 4;  // of all consumers
+  static_assert(BN <= kThreads, "a column a thread");
 
   // Waits for `expected` warpgroups, then merges partials [ceil(rows / 64), columns]. known, maps: shared memory, (s, gamma,
-  // beta) and room for (slope, shift) of each column of the tile. `record`: this warpgroup also updates the running
-  // statistics.
-  static __device__ __forceinline__ void finish(const TrainState& state, const float2* partials, const int* arrived,
-                                                int expected, const float4* known, float2* maps, int rows, int n,
-                                                bool record, int thread, int barrier) {
-    if (thread == 0)
+  // beta) and room for (slope, shift) of each column of the tile. Returns the moments of the thread's column, for `record`.
+  static __device__ __forceinline__ Moments finish(const TrainState& state, const float2* partials, const int* arrived,
+                                                   int expected, const float4* known, float2* maps, int rows, int n,
+                                                   int thread) {
+    if (thread % kWarpgroup == 0)
       while (load_acquire(arrived) < expected) {
       }
-    named_barrier<kWarpgroup>(barrier);
-    const int blocks = ceil_div(rows, kInstructionM);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int c = n + thread + i * kWarpgroup;
-      if (c >= state.columns) continue;
+    named_barrier<kThreads>(kBarrier);
+    const int blocks = ceil_div(rows, kInstructionM), c = n + thread;
+    Moments m{float(rows), 0.f, 0.f};
+    if (thread < BN && c < state.columns) {
       // All partials at once, so that their loads overlap; then the mean, then squared distances from it.
       float2 part[kMostBlocks];
 #pragma unroll
       for (int b = 0; b < kMostBlocks; ++b)
         part[b] = b < blocks ? __ldcg(partials + int64_t(b) * state.columns + c) : make_float2(0.f, 0.f);
-      Moments m{float(rows), 0.f, 0.f};
 #pragma unroll
       for (int b = 0; b < kMostBlocks; ++b) m.mean = fmaf(block_rows(rows, b), part[b].x, m.mean);
       m.mean /= m.count;
@@ -55,23 +45,27 @@ class BatchExchange {
         const float delta = part[b].x - m.mean;
         m.m2 += fmaf(delta * delta, block_rows(rows, b), part[b].y);
       }
-      const float4 k = known[thread + i * kWarpgroup];
-      const TrainState::Known about{k.x, k.y, k.z};
-      const ColumnMap map = state.map(about, m);
-      maps[thread + i * kWarpgroup] = {map.g, fmaf(map.e, map.g, map.b)};
-      if (record) state.record(c, about, m);
+      const ColumnMap map = state.map(about(known, thread), m);
+      maps[thread] = {map.g, fmaf(map.e, map.g, map.b)};
     }
-    named_barrier<kWarpgroup>(barrier);
+    named_barrier<kThreads>(kBarrier);
+    return m;
+  }
+
+  // The column's statistics for whoever comes later: each of the `blocks` of a column of tiles has its share of them.
+  static __device__ __forceinline__ void record(const TrainState& state, const float4* known, const Moments& m, int n, int block,
+                                                int blocks, int thread) {
+    if (thread < BN && n + thread < state.columns && thread * blocks / BN == block)
+      state.record(n + thread, about(known, thread), m);
   }
 
  private:
+  static __device__ __forceinline__ TrainState::Known about(const float4* known, int thread) {
+    const float4 k = known[thread];
+    return {k.x, k.y, k.z};
+  }
   static __device__ __forceinline__ float block_rows(int rows, int block) {
     return float(max(0, min(kInstructionM, rows - block * kInstructionM)));
-  }
-  static __device__ __forceinline__ int load_acquire(const int* p) {
-    int x;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-    return x;
   }
 };
 

@@ -6,9 +6,14 @@
 #include "dispatch.cuh"
 #include "float32_gemm.cuh"
 
+#include <type_traits>
+
 namespace fxfuse::hopper {
 
-// out = acc * x + y with each column's two numbers folded from scale, bias and running statistics.
+// out = acc * x + y with each column's two numbers folded from scale, bias and running statistics: in float64 where the
+// product is a float32 one (EXACT). Elsewhere float32 is far more than the product's rounding leaves, and on many blocks at
+// once float64 costs the tensor cores 3 to 5 % of their time.
+template <bool EXACT>
 struct BatchNormEvalEpilogue {
   static constexpr bool kColumns = true, kStatistics = false, kBatch = false;
   using Column = float2;
@@ -16,7 +21,7 @@ struct BatchNormEvalEpilogue {
   struct Apply {
     __device__ __forceinline__ float operator()(float x, float2 column) const { return fmaf(x, column.x, column.y); }
   };
-  static __device__ __forceinline__ float2 column(const Params& p, int n) { return p.folded(n); }
+  static __device__ __forceinline__ float2 column(const Params& p, int n) { return p.folded<std::conditional_t<EXACT, double, float>>(n); }
   template <typename Body>
   static __device__ __forceinline__ void with(const Params&, Body&& body) { body(Apply{}); }
 };
@@ -42,7 +47,8 @@ struct BatchNormTrainEpilogue {
   struct Params {
     TrainState state;
     float2* partials;  // [ceil(M / 64), N]
-    int* arrived;      // zero for each column of tiles: at least ceil(N / 128)
+    float2* maps;      // [N]: slope and shift, where tiles are normalised behind the tensor cores
+    BatchCounters counters;  // for ceil(N / 128) columns of tiles at most
   };
   static __device__ __forceinline__ float4 column(const Params& p, int n) {
     const TrainState::Known known = p.state.known(n);

@@ -290,7 +290,7 @@ struct Float32Mainloop {
 
   static __device__ __forceinline__ void consume(const Params& p, Pipeline& ring, uint32_t shared,
                                                  float (&acc)[HALVES][kAccumulators], int m, int n, int blocks,
-                                                 int warpgroup, int thread, bool) {
+                                                 int warpgroup, int thread, bool, Nothing) {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half)
 #pragma unroll

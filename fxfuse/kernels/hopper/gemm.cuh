@@ -6,6 +6,7 @@
 #pragma once
 
 #include "batch.cuh"
+#include "behind.cuh"
 #include "column_statistics.cuh"
 #include "epilogue.cuh"
 #include "mainloop.cuh"
@@ -15,18 +16,21 @@ namespace fxfuse::hopper {
 
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kColumnThreads = kWarpgroup - kWarp;
+constexpr int kMostBatchRows = kPartialRows * BatchExchange<kWarpgroup, 2>::kMostBlocks;
+constexpr int kBehindBand = 3;  // columns of tiles, where all of them are normalised behind
 
 template <typename Mainloop, typename Writer, typename Epilogue>
 struct SharedLayout {
   static constexpr int kStaging = Mainloop::kSharedBytes;  // after the stages
   static constexpr int kColumns = kStaging + Mainloop::kConsumers * Writer::kSharedBytes;
-  // The columns' numbers; behind them, for an epilogue of the whole batch, each warpgroup's maps.
+  // The columns' numbers; behind them, for an epilogue of the whole batch, its maps.
   static constexpr int kMaps = kColumns + Mainloop::kBlockN * int(sizeof(typename Epilogue::Column));
   static constexpr int kMapBytes = Epilogue::kBatch ? Mainloop::kBlockN * int(sizeof(float2)) : 0;
-  static constexpr int kBarriers = kMaps + Mainloop::kConsumers * kMapBytes;
+  static constexpr int kBarriers = kMaps + kMapBytes;
   static constexpr int kColumnsFull = kBarriers + Mainloop::Pipeline::kBarrierBytes;
   static constexpr int kColumnsEmpty = kColumnsFull + 8;
-  static constexpr int kBytes = kColumnsEmpty + 8;
+  static constexpr int kBehind = kColumnsEmpty + 8;
+  static constexpr int kBytes = kBehind + int(sizeof(BehindState));
   static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
 };
 
@@ -37,6 +41,9 @@ struct Problem {
   int rows;      // M
   int columns;   // N
   int k_blocks;  // of Mainloop::kBlockK
+  int behind;    // tiles under this one are normalised behind the tensor cores (behind.cuh)
+  const void* acc;  // where those are read, and where they go
+  void* out;
   typename Epilogue::Params epilogue;
   typename Mainloop::Params mainloop;
 };
@@ -54,25 +61,19 @@ __device__ __forceinline__ void statistics(uint8_t* storage, const float (&acc)[
                                              problem.rows, problem.columns, thread, 1 + consumer);
 }
 
-// A tile whose epilogue needs the statistics of the whole batch (batch.cuh).
+// The rest of a tile whose epilogue needs the statistics of the whole batch, from its accumulators (batch.cuh).
 template <typename Mainloop, typename Epilogue, typename Writer>
-__device__ __forceinline__ void finish_batch(typename Mainloop::Pipeline& ring, uint32_t shared, uint8_t* storage,
+__device__ __forceinline__ void finish_batch(uint32_t shared, uint8_t* storage,
                                              float (&acc)[Mainloop::kHalves][Mainloop::kAccumulators],
                                              const Problem<Mainloop, Epilogue>& problem, const CUtensorMap* map_out,
                                              const CUtensorMap* map_kept, const Tile& tile, int m, int n, int consumer,
-                                             int thread, uint32_t parity, bool first) {
+                                             int thread, uint32_t parity) {
   using Layout = SharedLayout<Mainloop, Writer, Epilogue>;
   constexpr int kBlockN = Mainloop::kBlockN;
   const auto& p = problem.epilogue;
   const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
-  float2* const maps = reinterpret_cast<float2*>(storage + Layout::kMaps + consumer * Layout::kMapBytes);
+  float2* const maps = reinterpret_cast<float2*>(storage + Layout::kMaps);
   const auto* const known = reinterpret_cast<const float4*>(storage + Layout::kColumns);
-  Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, first);
-  Mainloop::repair(problem.mainloop, acc, m, n, consumer, thread);
-#pragma unroll
-  for (int half = 0; half < Mainloop::kHalves; ++half)
-    statistics<Mainloop, Epilogue, Writer>(storage, acc[half], problem, m + Mainloop::row(consumer, half), n, consumer, thread);
-  BatchExchange<kBlockN>::arrive(p.arrived + tile.n, thread);
   if constexpr (Epilogue::kKeep) {
 #pragma unroll
     for (int half = 0; half < Mainloop::kHalves; ++half)
@@ -80,14 +81,17 @@ __device__ __forceinline__ void finish_batch(typename Mainloop::Pipeline& ring, 
                                     n, thread, 1 + consumer);
   }
   mbarrier_wait(shared + Layout::kColumnsFull, parity);
-  BatchExchange<kBlockN>::finish(p.state, p.partials, p.arrived + tile.n,
-                                 problem.order.rows * Mainloop::kCluster * Mainloop::kConsumers, known, maps, problem.rows,
-                                 n, m + consumer == 0, thread, 1 + consumer);
-  if (thread == 0) mbarrier_arrive(shared + Layout::kColumnsEmpty);
+  using Exchange = BatchExchange<kBlockN, Mainloop::kConsumers>;
+  const int blocks = problem.order.rows * Mainloop::kCluster, one = consumer * kWarpgroup + thread;
+  const Moments moments = Exchange::finish(p.state, p.partials, p.counters.arrived(tile.n), blocks * Mainloop::kConsumers, known, maps,
+                                           problem.rows, n, one);
 #pragma unroll
   for (int half = 0; half < Mainloop::kHalves; ++half)
     Writer::template write<true>([](float x, float2 c) { return fmaf(x, c.x, c.y); }, acc[half], maps, staging, map_out,
                                  m + Mainloop::row(consumer, half), n, thread, 1 + consumer);
+  Exchange::record(p.state, known, moments, n, m / Mainloop::kBlockM, blocks, one);
+  named_barrier<kWarpgroup>(1 + consumer);
+  if (thread == 0) mbarrier_arrive(shared + Layout::kColumnsEmpty);
 }
 
 template <typename Mainloop, typename Epilogue, typename Out, int BUFFERS>
@@ -98,7 +102,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Writer = TileWriter<Out, Mainloop::kBlockN, BUFFERS>;
   using Layout = SharedLayout<Mainloop, Writer, Epilogue>;
-  constexpr int kCluster = Mainloop::kCluster;
+  constexpr int kCluster = Mainloop::kCluster, kConsumers = Mainloop::kConsumers;
 
   extern __shared__ __align__(1024) uint8_t storage[];
   const uint32_t shared = shared_address(storage);
@@ -112,8 +116,16 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   const uint32_t rank = kCluster == 1 ? 0 : cluster_rank();
   const int cluster = int(blockIdx.x) / kCluster, clusters = int(gridDim.x) / kCluster;
   const int tiles = int(problem.order.count());
+  constexpr bool kBehind = Epilogue::kBatch && !Mainloop::kPrepares;
+  using Work = std::conditional_t<kBehind, Behind<Out, kConsumers * kPartialRows, Mainloop::kBlockN, kConsumers>, Nothing>;
+  BehindState* const behind = reinterpret_cast<BehindState*>(storage + Layout::kBehind);
+  const Out* const written = static_cast<const Out*>(problem.acc);
+  Out* const normalised = static_cast<Out*>(problem.out);
+  const BehindTiles work{problem.order, problem.behind, min(problem.behind, tiles - clusters), cluster,      clusters,
+                         int(rank),     kCluster,       problem.rows,                          problem.columns};
 
   if (threadIdx.x == 0) {
+    if constexpr (kBehind) *behind = {};
     tma_prefetch(&map_a);
     tma_prefetch(&map_b);
     tma_prefetch(&map_out);
@@ -126,7 +138,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   else cluster_sync();
 
   if (warpgroup == 0) {
-    registers_lower<Mainloop::kProducerRegisters>();
+    registers_lower<kBehind ? kBehindProducerRegisters : Mainloop::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / kWarp, 0);
     if (warp == 0 && thread == 0) {
       for (int t = cluster; t < tiles; t += clusters) {
@@ -136,40 +148,62 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
       }
     } else if ((Epilogue::kColumns || Mainloop::kPrepares) && warp > 0) {
       uint32_t parity = 1;  // the column numbers' memory starts free
-      for (int t = cluster; t < tiles; t += clusters, parity ^= 1) {
+      for (int t = cluster; t < tiles; t += clusters) {
         if constexpr (Mainloop::kPrepares) Mainloop::prepare(ring, shared, problem.k_blocks, thread - kWarp);
-        if constexpr (!Epilogue::kColumns) continue;
+        if (!Epilogue::kColumns || t < problem.behind) continue;
         const int n = problem.order.at(t).n * Mainloop::kBlockN;
         mbarrier_wait(columns_empty, parity);
 #pragma unroll
         for (int i = thread - kWarp; i < Mainloop::kBlockN; i += kColumnThreads)
           if (n + i < problem.columns) columns[i] = Epilogue::column(problem.epilogue, n + i);
         mbarrier_arrive(columns_full);
+        parity ^= 1;
       }
+      if constexpr (kBehind) Work::template run<1000, 4, 4>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
     }
   } else {
-    registers_raise<Mainloop::kConsumerRegisters>();
+    registers_raise<kBehind ? kBehindConsumerRegisters : Mainloop::kConsumerRegisters>();
     const int consumer = warpgroup - 1;
     const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
     uint32_t parity = 0;
-    for (int t = cluster; t < tiles; t += clusters, parity ^= 1) {
+    bool sent = false;  // a tile to be normalised behind is on its way to memory
+    const auto arrived = [&] {
+      if constexpr (kBehind) {
+        if (!sent || thread != 0) return;
+        tma_store_wait_all();
+        Work::stored(behind);
+      }
+    };
+    for (int t = cluster; t < tiles; t += clusters) {
       const Tile tile = problem.order.at(t);
       const int m = (tile.m * kCluster + int(rank)) * Mainloop::kBlockM;
       const int n = tile.n * Mainloop::kBlockN, barrier = 1 + consumer;
       float acc[Mainloop::kHalves][Mainloop::kAccumulators];
-      if constexpr (Epilogue::kBatch) {
-        finish_batch<Mainloop, Epilogue, Writer>(ring, shared, storage, acc, problem, &map_out, &map_kept, tile, m, n,
-                                                 consumer, thread, parity, t == cluster);
-        continue;
-      } else {
-        Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster);
-        Mainloop::repair(problem.mainloop, acc, m, n, consumer, thread);
-        if constexpr (Epilogue::kStatistics) {
+      if constexpr (kBehind)
+        Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster, arrived);
+      else
+        Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster, Nothing{});
+      Mainloop::repair(problem.mainloop, acc, m, n, consumer, thread);
+      const bool measured_behind = kBehind && t < work.measured_end;
+      if constexpr (Epilogue::kStatistics)
+        if (!measured_behind) {
 #pragma unroll
           for (int half = 0; half < Mainloop::kHalves; ++half)
             statistics<Mainloop, Epilogue, Writer>(storage, acc[half], problem, m + Mainloop::row(consumer, half), n, consumer,
                                                    thread);
         }
+      if constexpr (Epilogue::kBatch) {
+        if (thread == 0 && !measured_behind) arrive_release(problem.epilogue.counters.arrived(tile.n));
+        sent = kBehind && t < problem.behind;
+        if (sent) {
+          Writer::template write<false>(Identity::Apply{}, acc[0], nullptr, staging, Epilogue::kKeep ? &map_kept : &map_out,
+                                        m + Mainloop::row(consumer, 0), n, thread, barrier);
+        } else {
+          finish_batch<Mainloop, Epilogue, Writer>(shared, storage, acc, problem, &map_out, &map_kept, tile, m, n, consumer,
+                                                   thread, parity);
+          parity ^= 1;
+        }
+      } else {
         if constexpr (Epilogue::kColumns) mbarrier_wait(columns_full, parity);
         Epilogue::with(problem.epilogue, [&](const auto& apply) {
 #pragma unroll
@@ -179,12 +213,21 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
         });
         // Every thread of the warpgroup passed the writer's last barrier, so all of them have read the columns.
         if (Epilogue::kColumns && thread == 0) mbarrier_arrive(columns_empty);
+        parity ^= 1;
       }
     }
     if (thread == 0) tma_store_wait_all();
+    if constexpr (kBehind) {
+      arrived();
+      Work::template run<50, 8, 8>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
+    }
   }
   // A block's shared memory must outlive its neighbours' multicasts and arrivals.
   if constexpr (kCluster > 1) cluster_sync();
+  if constexpr (Epilogue::kBatch) {
+    if constexpr (kCluster == 1) __syncthreads();
+    problem.epilogue.counters.leave(problem.order.columns);
+  }
 #endif
 }
 
@@ -220,13 +263,24 @@ cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epil
   problem.columns = int(p.n);
   problem.k_blocks = int(ceil_div<int64_t>(p.k, Mainloop::kBlockK));
   problem.epilogue = epilogue;
+  problem.behind = 0;
+  problem.acc = p.kept != nullptr ? p.kept : p.out;
+  problem.out = p.out;
   problem.mainloop = Mainloop::params(p);
   const int64_t tiles = problem.order.count();
   int64_t clusters = sm_count / kCluster;
-  if constexpr (Epilogue::kBatch) {  // whole columns of tiles run at the same time
-    if (problem.order.rows > clusters) return cudaErrorInvalidValue;
-    problem.order.band = problem.order.rows;
-    clusters -= clusters % problem.order.rows;
+  if constexpr (Epilogue::kBatch) {
+    if (p.m <= kMostBatchRows && problem.order.rows <= clusters) {
+      // A round holds whole columns of tiles: the last one is finished from its accumulators.
+      problem.order.by_columns(1);
+      clusters -= clusters % problem.order.rows;
+      if (!Mainloop::kPrepares) problem.behind = int((tiles - 1) / clusters * clusters);
+    } else if (Mainloop::kPrepares) {
+      return cudaErrorNotSupported;
+    } else {
+      problem.order.by_columns(kBehindBand);
+      problem.behind = int(tiles);
+    }
   }
 
   cudaLaunchAttribute attributes[2];

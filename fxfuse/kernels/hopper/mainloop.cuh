@@ -10,6 +10,8 @@
 #include "tma.cuh"
 #include "wgmma.cuh"
 
+#include <type_traits>
+
 namespace fxfuse::hopper {
 
 // One product. Leading dimensions in elements. The caller has checked alignment (16-byte bases and pitches).
@@ -19,6 +21,11 @@ struct Operands {
   int64_t m, n, k;
   int64_t pitch_a, pitch_b, pitch_out;
   void* kept = nullptr;  // the bare product, as out, where the epilogue keeps it
+};
+
+// What a consumer has to do while a product is under way: here, nothing.
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
 };
 
 template <typename Element> struct TensorMapType;
@@ -62,6 +69,7 @@ struct DirectMainloop {
   static constexpr int kSharedBytes = STAGES * kStageBytes;
   static constexpr int kAccumulators = BN / 2;  // per thread
   static constexpr int kStaggerBarrier = 3;
+  static constexpr int kSoon = 8;  // blocks of K after which a tile's stores have long arrived
   using Pipeline = Ring<STAGES, kConsumers, CLUSTER>;
 
   static cudaError_t tensor_maps(CUtensorMap* a, CUtensorMap* b, const Operands& p) {
@@ -90,11 +98,13 @@ struct DirectMainloop {
   }
 
   // acc = this warpgroup's 64 rows of the tile; `first` at a block's first tile. A stage is let go of one step late, so that
-  // the tensor cores always have the next batch waiting.
+  // the tensor cores always have the next batch waiting. `meanwhile` is called once, a few blocks into the product.
+  template <typename Meanwhile>
   static __device__ __forceinline__ void consume(const Params&, Pipeline& ring, uint32_t shared,
                                                  float (&accumulators)[1][kAccumulators], int, int, int blocks,
-                                                 int warpgroup, int thread, bool first) {
+                                                 int warpgroup, int thread, bool first, const Meanwhile& meanwhile) {
     float(&acc)[kAccumulators] = accumulators[0];
+    const int soon = min(kSoon, blocks) - 1;
     const int start_other = STAGGER > 0 && first ? (blocks < STAGGER ? blocks : STAGGER) - 1 : -1;
     if (STAGGER > 0 && first && warpgroup == 1) named_barrier<2 * kWarpgroup>(kStaggerBarrier);
     const uint64_t a = matrix_descriptor(shared + warpgroup * kInstructionM * kRowBytes);
@@ -116,6 +126,8 @@ struct DirectMainloop {
       if (STAGGER > 0 && k == start_other && warpgroup == 0) named_barrier_arrive<2 * kWarpgroup>(kStaggerBarrier);
       if (k > 0) ring.release(previous, thread);
       previous = ring.stage();
+      if constexpr (!std::is_same_v<Meanwhile, Nothing>)
+        if (k == soon) meanwhile();
     }
     wgmma_wait<0>();
     wgmma_pin(acc);

@@ -1,0 +1,307 @@
+// Statistics and normalisation behind the tensor cores: while a block computes its next tiles, three warps beside them work
+// on the ones that it has written; when its last tile is done, all warps help.
+//
+//   consumers   a tile of acc goes to memory, and nothing else
+//   any warp    kPartialRows rows of a tile in memory: their columns' statistics to `partials`; an arrival at the column of tiles
+//   any warp    a column with all arrivals: merges the block's share of its columns, writes their maps; an arrival again
+//   any warp    a column with all shares merged: out = acc * slope + shift, kRows rows at a time
+//
+// Each element of acc is read twice more, first from L2 and then from L2 or memory, and one of out written: more bytes than
+// passes of their own would move, at a time when the memory has little else to do.
+//
+// A block takes work only once it can be done, so none holds up another but by being late. At the end blocks wait for each
+// other's arrivals, so all of them must run: the launch is cooperative.
+#pragma once
+
+#include "../batchnorm_columns.cuh"
+#include "barrier.cuh"
+#include "scheduler.cuh"
+
+namespace fxfuse::hopper {
+
+constexpr int kPartialRows = 64;  // rows of an entry of `partials`
+
+// Of 64,512 registers for 128 threads of the producer's and 256 of the consumers'.
+constexpr int kBehindProducerRegisters = 104, kBehindConsumerRegisters = 200;
+
+// In shared memory, counted in the block's own turns: how much of each kind of work is taken, how much may be, and whether a
+// warp is looking for more. `stored`: arrivals of consumers whose tile is in memory.
+struct BehindState {
+  int measured, merged, normalised;
+  int stored, mergeable, normalisable;
+  int looking;
+};
+
+__device__ __forceinline__ int load_acquire(const int* p) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+// By one thread, after a barrier among those whose writes it stands for.
+__device__ __forceinline__ void arrive_release(int* p) {
+  __threadfence();
+  atomicAdd(p, 1);
+}
+
+// Counters of the columns of tiles, and of the blocks that are through. All are zero before a launch, and again after it.
+struct BatchCounters {
+  static constexpr int kEach = 2;
+  int* first;  // 1 + kEach a column
+
+  __device__ __forceinline__ int* arrived(int n) const { return first + 1 + kEach * n; }  // whose partials are there
+  __device__ __forceinline__ int* merged(int n) const { return first + 2 + kEach * n; }   // whose share of the maps is there
+  // By all threads of a block that waits for nothing any more: the last one sets everything back.
+  __device__ __forceinline__ void leave(int columns) const {
+    __shared__ bool last;
+    if (threadIdx.x == 0) last = atomicAdd(first, 1) == int(gridDim.x) - 1;
+    __syncthreads();
+    if (last)
+      for (int i = threadIdx.x; i < 1 + kEach * columns; i += blockDim.x) first[i] = 0;
+  }
+};
+
+// What the warps of a block work on: its tiles cluster, cluster + clusters, .. under `end`, of which consumers measure those
+// from `measured_end` on themselves.
+struct BehindTiles {
+  TileOrder order;
+  int end, measured_end, cluster, clusters, rank, cluster_size, rows, columns;
+
+  __device__ __forceinline__ int tile(int turn) const { return cluster + turn * clusters; }
+  __device__ __forceinline__ int blocks() const { return order.rows * cluster_size; }  // of a column of tiles
+};
+
+// Tiles of BM x BN, each written by CONSUMERS warpgroups of 64 rows.
+template <typename Out, int BM, int BN, int CONSUMERS>
+class Behind {
+ public:
+  // By one thread of a consumer whose tile's stores it has waited for.
+  static __device__ __forceinline__ void stored(BehindState* state) {
+    fence_async_proxy_global();
+    __threadfence_block();
+    atomicAdd_block(&state->stored, 1);
+  }
+
+  // Works until all there is to normalise is taken. By whole warps, in any number. NAP: ns between looks for work; MEASURE,
+  // NORMALISE: accesses of a lane under way at once.
+  // Params: TrainState state, partials [ceil(rows / 64), columns], maps [columns], BatchCounters counters.
+  template <unsigned NAP, int MEASURE, int NORMALISE, typename Params>
+  static __device__ __forceinline__ void run(const BehindTiles& tiles, const Params& p, const Out* acc, Out* out,
+                                             BehindState* state, int lane) {
+    int current = -1, m = 0, n = 0;
+    float2 maps[kSpans * kWide];
+    for (;;) {
+      int work = 0;
+      if (lane == 0) work = take<NAP>(tiles, p, state);
+      work = __shfl_sync(0xffffffffu, work, 0);
+      const int index = work >> 2;
+      if ((work & 3) == kDone) return;
+      if ((work & 3) == kMeasure) {
+        const Tile tile = tiles.order.at(tiles.tile(index / CONSUMERS));
+        measure<MEASURE / kSpans>(tiles, acc, p.partials, first_row(tiles, tile) + index % CONSUMERS * kPartialRows, tile.n * BN, lane);
+        __syncwarp();
+        if (lane == 0) arrive_release(p.counters.arrived(tile.n));
+      } else if ((work & 3) == kMerge) {
+        const Tile tile = tiles.order.at(tiles.tile(index));
+        merge_share(tiles, p, tile, lane);
+        __syncwarp();
+        if (lane == 0) arrive_release(p.counters.merged(tile.n));
+      } else {
+        if (index / kUnits != current) {
+          current = index / kUnits;
+          const Tile tile = tiles.order.at(tiles.tile(current));
+          m = first_row(tiles, tile);
+          n = tile.n * BN;
+#pragma unroll
+          for (int i = 0; i < kSpans * kWide; ++i) {
+            const int c = column(n, i / kWide, lane) + i % kWide;
+            maps[i] = c < tiles.columns ? __ldcg(p.maps + c) : make_float2(0.f, 0.f);
+          }
+        }
+        normalise<NORMALISE / kSpans>(tiles, acc, out, maps, m + index % kUnits * kRows, n, lane);
+      }
+    }
+  }
+
+ private:
+  enum Kind { kMeasure, kMerge, kNormalise, kDone };
+
+  static constexpr int kRows = 16;  // of a unit of normalisation
+  static constexpr int kUnits = BM / kRows;
+  static constexpr int kWide = 16 / int(sizeof(Out));  // elements of an access
+  static constexpr int kLanes = BN / kWide < kWarp ? BN / kWide : kWarp;  // along a row
+  static constexpr int kSpans = BN / (kWide * kLanes);  // accesses of a lane along a row
+  static constexpr int kStep = kWarp / kLanes;          // rows of a warp's access
+  static constexpr int TOGETHER = 4 / kSpans;          // rows of a lane under way at once
+  static_assert(BM == CONSUMERS * kPartialRows && kRows % (kStep * 8 / kSpans) == 0);
+
+  static __device__ __forceinline__ int first_row(const BehindTiles& tiles, const Tile& tile) {
+    return (tile.m * tiles.cluster_size + tiles.rank) * BM;
+  }
+  static __device__ __forceinline__ int column(int n, int span, int lane) { return n + (span * kLanes + lane % kLanes) * kWide; }
+  static __device__ __forceinline__ int load_shared(const int* p) {
+    int x;
+    asm volatile("ld.acquire.cta.shared::cta.s32 %0, [%1];" : "=r"(x) : "r"(shared_address(p)) : "memory");
+    return x;
+  }
+  static __device__ __forceinline__ bool claim(int* counter, int seen) {
+    return atomicCAS_block(counter, seen, seen + 1) == seen;
+  }
+
+  // By one lane: the next piece of work, index * 4 + kind. What others wait for comes first.
+  template <unsigned NAP, typename Params>
+  static __device__ __forceinline__ int take(const BehindTiles& tiles, const Params& p, BehindState* state) {
+    for (;;) {
+      const int unit = load_shared(&state->normalised), turn = unit / kUnits;
+      if (tiles.tile(turn) >= tiles.end) return kDone;
+      const int ready = load_shared(&state->stored) / CONSUMERS, part = load_shared(&state->measured);
+      const int share = load_shared(&state->merged);
+      if (part / CONSUMERS < ready && tiles.tile(part / CONSUMERS) < tiles.measured_end) {
+        if (claim(&state->measured, part)) return part << 2 | kMeasure;
+      } else if (share < load_shared(&state->mergeable)) {
+        if (claim(&state->merged, share)) return share << 2 | kMerge;
+      } else if (turn < min(ready, load_shared(&state->normalisable))) {
+        if (claim(&state->normalised, unit)) return unit << 2 | kNormalise;
+      } else if (!look(tiles, p, state)) {
+        __nanosleep(NAP);
+      }
+    }
+  }
+
+  // Whether there is more to merge or to normalise. One warp of a block looks at a time: at the end all blocks look at the
+  // same counters.
+  template <typename Params>
+  static __device__ __forceinline__ bool look(const BehindTiles& tiles, const Params& p, BehindState* state) {
+    if (atomicCAS_block(&state->looking, 0, 1) != 0) return false;
+    const int share = load_shared(&state->mergeable), turn = load_shared(&state->normalisable);
+    const int a = tiles.tile(share), b = tiles.tile(turn);
+    const bool merge = a < tiles.end && load_acquire(p.counters.arrived(tiles.order.at(a).n)) >= tiles.blocks() * CONSUMERS;
+    const bool normalise = b < tiles.end && turn < share && load_acquire(p.counters.merged(tiles.order.at(b).n)) >= tiles.blocks();
+    __threadfence_block();
+    if (merge) atomicAdd_block(&state->mergeable, 1);
+    if (normalise) atomicAdd_block(&state->normalisable, 1);
+    atomicExch_block(&state->looking, 0);
+    return merge || normalise;
+  }
+
+  // Columns n.. of kPartialRows rows. Sums are taken from the first row's value, so that nothing cancels for columns whose
+  // mean dwarfs their spread.
+  template <int TOGETHER>
+  static __device__ __forceinline__ void measure(const BehindTiles& tiles, const Out* acc, float2* partials, int first, int n,
+                                                 int lane) {
+    const int last = min(tiles.rows, first + kPartialRows);
+    if (first >= last) return;
+    float shift[kSpans * kWide], sum[kSpans * kWide], squares[kSpans * kWide];
+#pragma unroll
+    for (int i = 0; i < kSpans * kWide; ++i) sum[i] = squares[i] = 0.f;
+#pragma unroll
+    for (int s = 0; s < kSpans; ++s) {
+      Pack<Out> v;
+      v.raw = make_uint4(0, 0, 0, 0);
+      if (column(n, s, lane) < tiles.columns) v.raw = load(acc + int64_t(first) * tiles.columns + column(n, s, lane));
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) shift[s * kWide + j] = v.get(j);
+    }
+    const int64_t step = int64_t(kStep) * tiles.columns;
+    int row = first + lane / kLanes;
+    const Out* from = acc + int64_t(row) * tiles.columns + column(n, 0, lane);
+#pragma unroll 1
+    for (; row < last; row += kStep * TOGETHER, from += TOGETHER * step) {
+      Pack<Out> v[TOGETHER * kSpans];
+#pragma unroll
+      for (int i = 0; i < TOGETHER * kSpans; ++i)
+        if (inside(tiles, row, i, last, n, lane)) v[i].raw = load(from + i / kSpans * step + i % kSpans * kLanes * kWide);
+#pragma unroll
+      for (int i = 0; i < TOGETHER * kSpans; ++i) {
+        if (!inside(tiles, row, i, last, n, lane)) continue;
+#pragma unroll
+        for (int j = 0; j < kWide; ++j) {
+          const int at = i % kSpans * kWide + j;
+          const float d = v[i].get(j) - shift[at];
+          sum[at] += d;
+          squares[at] = fmaf(d, d, squares[at]);
+        }
+      }
+    }
+    const float count = float(last - first);
+#pragma unroll
+    for (int i = 0; i < kSpans * kWide; ++i) {
+#pragma unroll
+      for (int step = kLanes; step < kWarp; step *= 2) {
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
+        squares[i] += __shfl_xor_sync(0xffffffffu, squares[i], step);
+      }
+      const float mean = sum[i] / count;
+      const int c = column(n, i / kWide, lane) + i % kWide;
+      if (lane < kLanes && c < tiles.columns)
+        partials[int64_t(first / kPartialRows) * tiles.columns + c] = {shift[i] + mean, fmaxf(fmaf(-mean, sum[i], squares[i]), 0.f)};
+    }
+  }
+
+  // Each block of a column of tiles merges the same number of its columns: their maps, and the record of them. Lanes lie
+  // along the columns first, what is left of them along the partials.
+  template <typename Params>
+  static __device__ __forceinline__ void merge_share(const BehindTiles& tiles, const Params& p, const Tile& tile, int lane) {
+    const int blocks = tiles.blocks(), share = (BN + blocks - 1) / blocks, n = tile.n * BN;
+    const int first = n + (tile.m * tiles.cluster_size + tiles.rank) * share;
+    const int last = min(min(tiles.columns, n + BN), first + share);
+    const int partials = (tiles.rows + kPartialRows - 1) / kPartialRows;
+    int width = kWarp;
+    while (width > 1 && width / 2 >= last - first) width /= 2;
+    for (int base = first; base < last; base += width) {
+      const int c = base + lane % width;
+      Moments m{0.f, 0.f, 0.f};
+#pragma unroll 8
+      for (int b = lane / width; b < partials; b += kWarp / width) {
+        const float2 part = c < last ? __ldcg(p.partials + int64_t(b) * tiles.columns + c) : make_float2(0.f, 0.f);
+        m = merge(m, Moments{float(min(kPartialRows, tiles.rows - b * kPartialRows)), part.x, part.y});
+      }
+      for (int step = width; step < kWarp; step *= 2) {
+        const Moments other{__shfl_xor_sync(0xffffffffu, m.count, step), __shfl_xor_sync(0xffffffffu, m.mean, step),
+                            __shfl_xor_sync(0xffffffffu, m.m2, step)};
+        m = merge(m, other);
+      }
+      if (lane < width && c < last) {
+        const TrainState::Known known = p.state.known(c);
+        const ColumnMap map = p.state.map(known, m);
+        p.maps[c] = {map.g, fmaf(map.e, map.g, map.b)};
+        p.state.record(c, known, m);
+      }
+    }
+  }
+
+  // kRows rows from `first` on; maps: of this lane's columns.
+  template <int TOGETHER>
+  static __device__ __forceinline__ void normalise(const BehindTiles& tiles, const Out* acc, Out* out,
+                                                   const float2 (&maps)[kSpans * kWide], int first, int n, int lane) {
+    const int last = min(tiles.rows, first + kRows);
+    const int64_t step = int64_t(kStep) * tiles.columns;
+    int row = first + lane / kLanes;
+    int64_t at = int64_t(row) * tiles.columns + column(n, 0, lane);
+#pragma unroll 1
+    for (; row < last; row += kStep * TOGETHER, at += TOGETHER * step) {
+      Pack<Out> v[TOGETHER * kSpans];
+#pragma unroll
+      for (int i = 0; i < TOGETHER * kSpans; ++i)
+        if (inside(tiles, row, i, last, n, lane)) v[i].raw = load(acc + at + i / kSpans * step + i % kSpans * kLanes * kWide);
+#pragma unroll
+      for (int i = 0; i < TOGETHER * kSpans; ++i) {
+        if (!inside(tiles, row, i, last, n, lane)) continue;
+#pragma unroll
+        for (int j = 0; j < kWide; ++j) {
+          const float2 map = maps[i % kSpans * kWide + j];
+          v[i].set(j, fmaf(v[i].get(j), map.x, map.y));
+        }
+        st_keep(out + at + i / kSpans * step + i % kSpans * kLanes * kWide, v[i]);
+      }
+    }
+  }
+
+  // Whether access number i of those under way from `row` on lies in the matrix.
+  static __device__ __forceinline__ bool inside(const BehindTiles& tiles, int row, int i, int last, int n, int lane) {
+    return row + i / kSpans * kStep < last && column(n, i % kSpans, lane) < tiles.columns;
+  }
+  // From L2: another multiprocessor's, or the copy engine's, writes.
+  static __device__ __forceinline__ uint4 load(const Out* p) { return __ldcg(reinterpret_cast<const uint4*>(p)); }
+};
+
+}  // namespace fxfuse::hopper
