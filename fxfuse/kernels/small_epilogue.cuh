@@ -37,9 +37,7 @@ struct EvalEpilogue {
 
   using Column = float2;
   __device__ __forceinline__ Column column(int64_t n) const {
-    if constexpr (!FAST) return columns.folded(n);
-    const ColumnMap map = columns.at(n);
-    return {map.s * map.g, fmaf(map.e, map.g, map.b)};
+    return columns.template folded<std::conditional_t<FAST, float, double>>(n);
   }
   template <typename Tile>
   __device__ __forceinline__ void finish(float (&v)[Tile::kRows], Column c, const Place&, float*) const {

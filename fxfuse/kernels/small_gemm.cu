@@ -3,6 +3,7 @@
 //
 // What stays the same from call to call comes in one structure that the caller keeps (small_gemm.py has the same layout):
 // a call hands over a few pointers, which is a tenth of the host's work of handing over thirty values.
+#include "passes.cuh"
 #include "small_epilogue.cuh"
 
 namespace fxfuse::small {
@@ -45,18 +46,6 @@ Operands operands(const Product& p, const void* x, void* out) {
 }  // namespace fxfuse::small
 
 using namespace fxfuse;
-
-// From the ops' own files.
-FXFUSE_API int fxfuse_linear_activation_scale_apply(const void*, void*, int64_t, int, float, float, float, float, int, int,
-                                                    void*);
-FXFUSE_API int fxfuse_linear_scale_batchnorm1d_eval_apply(const void*, void*, int64_t, int64_t, const void*, int,
-                                                          const void*, int, const void*, int, float, const void*, int,
-                                                          const void*, int, float, const void*, int, const void*, int, int,
-                                                          int, int, void*);
-FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train_apply(const void*, void*, const void*, int64_t, void*, void*, int64_t,
-                                                           int64_t, const void*, int, const void*, int, const void*, int,
-                                                           float, const void*, int, const void*, int, float, void*, int,
-                                                           void*, int, float, int, int, int, void*);
 
 namespace fxfuse::small {
 __global__ void count_kernel(int64_t* batches) { *batches += 1; }
