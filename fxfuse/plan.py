@@ -17,7 +17,9 @@ import torch
 from torch import fx, nn
 from torch.nn.modules import module as _hooks
 
+from fxfuse.aside import Aside
 from fxfuse.choice import Choice
+from fxfuse.ops._op import Direct
 from fxfuse.pattern import Pattern, available
 from fxfuse.signature import NUMBER, TENSOR, Signature, kind_of
 from fxfuse.watch import TRACING, derived
@@ -36,6 +38,7 @@ __all__ = [
 #: graphs kept per module; a forward called in more ways than this runs its own Python for the rest
 MOST_VARIANTS = 16
 _ATTRIBUTE = "_fxfuse_plan"
+_ONE_TENSOR = (TENSOR,)
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Plan:
         function: the plain function this plan is of; None for a module's forward.
         choice, where: what verification took back, and the module's path by which it is told apart.
         variants: kinds -> graphs; several where modes differ.
+        aside: for which sizes the original forward does just what the graphs would.
     """
 
     patterns: tuple[str, ...]
@@ -69,6 +73,7 @@ class Plan:
     variants: dict[tuple[Any, ...], list[Variant]] = field(default_factory=dict)
     choice: Choice | None = None
     where: str = ""
+    aside: Aside = field(default_factory=Aside)
 
     def __call__(self, owner: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call: by the graph that fits, else by ``original``: a forward of the owner, or a function."""
@@ -79,7 +84,10 @@ class Plan:
             values = signature.bind(args, kwargs)
         if values is None or hooked_everywhere():
             return _as_written(owner, original, args, kwargs)
-        kinds = tuple([TENSOR if isinstance(v, torch.Tensor) else kind_of(v) for v in values])
+        if len(values) == 1 and type(values[0]) is torch.Tensor:  # nearly every call
+            kinds: tuple[Any, ...] = _ONE_TENSOR
+        else:
+            kinds = tuple([TENSOR if isinstance(v, torch.Tensor) else kind_of(v) for v in values])
         for variant in self.variants.get(kinds, ()):
             if variant.holds(owner):
                 break
@@ -90,7 +98,14 @@ class Plan:
             variant = found
         if variant.run is None:
             return _as_written(owner, original, args, kwargs)
-        return variant.run(owner, *[v for v, k in zip(values, kinds, strict=False) if k is TENSOR or k is NUMBER])
+        sizes, before = None if kwargs else self.aside.sizes(args), Direct.calls
+        if kinds is _ONE_TENSOR:
+            out = variant.run(owner, values[0])
+        else:
+            out = variant.run(owner, *[v for v, k in zip(values, kinds, strict=False) if k is TENSOR or k is NUMBER])
+        if sizes is not None and Direct.calls - before == variant.count:
+            self.aside.learn(sizes)
+        return out
 
     def _another(self, owner: Any, kinds: tuple[Any, ...], values: Sequence[Any]) -> Variant | None:
         """A graph for a call of new kinds or under new circumstances, traced now; None when Python must do."""
@@ -127,7 +142,7 @@ class Plan:
             warnings.warn(f"fxfuse: the pattern {missing[0]!r} this model was optimized with is not registered here; "
                           "register it before loading to have it fused", stacklevel=3)  # fmt: skip
         self.signature = Signature(forward, skip_first=True)
-        self.variants, self.chosen, self.function = {}, (), None
+        self.variants, self.chosen, self.function, self.aside = {}, (), None, Aside()
 
 
 def _as_written(owner: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -208,6 +223,8 @@ def fused_class(original: Any) -> type:
         plan = self.__dict__.get(_ATTRIBUTE)
         if plan is None:  # made by calling the class
             return original.forward(self, *args, **kwargs)
+        if not kwargs and plan.aside.takes(args):
+            return original.forward(self, *args)
         return plan(self, original.forward, args, kwargs)
 
     def reduce(self: Any, protocol: Any = None) -> Any:

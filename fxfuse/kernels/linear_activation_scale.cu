@@ -2,6 +2,7 @@
 #include "activation.cuh"
 #include "column_vector.cuh"
 #include "hopper/activation_gemm.cuh"
+#include "passes.cuh"
 
 namespace fxfuse {
 namespace {

@@ -2,6 +2,7 @@
 #include "batchnorm_backward.cuh"
 #include "batchnorm_forward.cuh"
 #include "hopper/batchnorm_gemm.cuh"
+#include "passes.cuh"
 
 #include <type_traits>
 

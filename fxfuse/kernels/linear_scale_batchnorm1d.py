@@ -15,14 +15,14 @@ from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, PTR, pointer, stream
 from fxfuse.kernels.loader import KernelError, library
 
 __all__ = [
-    "Columns", "Gradients", "backward", "eval_apply", "eval_product", "one_kernel", "train", "train_apply",
-    "train_product",
+    "SMALL_ELEMENTS", "SMALL_ROWS", "Columns", "Gradients", "backward", "eval_apply", "eval_product", "one_kernel",
+    "train", "train_apply", "train_product",
 ]  # fmt: skip
 
 _NAME = "fxfuse_linear_scale_batchnorm1d_"
 _ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
-_SMALL_ROWS = 1024  # kSmallRows: up to here statistics and normalisation can be one launch
-_SMALL_ELEMENTS = 1 << 20  # ... and up to here that is the quicker way
+SMALL_ROWS = 1024  # kSmallRows: up to here statistics and normalisation can be one launch
+SMALL_ELEMENTS = 1 << 20  # ... and up to here that is the quicker way
 _TOO_LARGE_TO_COOPERATE = 720  # cudaErrorCooperativeLaunchTooLarge
 _PRODUCT_ROWS = 64  # rows of a partial that the Hopper GEMM writes
 
@@ -148,7 +148,7 @@ def train_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Partials]:
 
 def one_kernel(x: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether ``train`` takes this batch, beside what ``gemm.why_not_product`` asks."""
-    return x.dtype == out_dtype and (x.size(0) <= _SMALL_ROWS or not gemm.ieee(x))
+    return x.dtype == out_dtype and (x.size(0) <= SMALL_ROWS or not gemm.ieee(x))
 
 
 _zeros: dict[tuple[int, int], Tensor] = {}
@@ -221,7 +221,7 @@ def train_apply(
     rows, columns = acc.shape
     device, dtype = acc.device.index, DTYPE_CODE[acc.dtype]
     saved = torch.empty(3, columns, dtype=torch.float32, device=acc.device)
-    if partials is None and (rows > _SMALL_ROWS or acc.numel() > _SMALL_ELEMENTS):
+    if partials is None and (rows > SMALL_ROWS or acc.numel() > SMALL_ELEMENTS):
         block_rows = _block_rows(rows)
         scratch = torch.empty(-(-rows // block_rows), columns, 2, dtype=torch.float32, device=acc.device)
         _functions().statistics(acc.data_ptr(), scratch.data_ptr(), rows, columns, dtype, device, stream(device))

@@ -62,6 +62,13 @@ class Library:
         call.__name__ = name
         return call
 
+    def raw(self, name: str, argtypes: Sequence[Any]) -> Callable[..., int]:
+        """The exported function ``name`` as it is, for calls that count every microsecond: it returns its code."""
+        function = self._dll[name]
+        function.argtypes, function.restype = list(argtypes), ctypes.c_int
+        raw: Callable[..., int] = function
+        return raw
+
     def error(self, code: int) -> str:
         """What an error code means: its CUDA name, number and text."""
         label, text = self._dll.fxfuse_error_name(code).decode(), self._dll.fxfuse_error_string(code).decode()

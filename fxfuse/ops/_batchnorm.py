@@ -9,12 +9,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxfuse.kernels import gemm
+from fxfuse.kernels import gemm, small_gemm
 from fxfuse.kernels import linear_scale_batchnorm1d as kernels
 
 from .linear_activation_scale import linear_backward
 
 Buffers = tuple[Tensor | None, Tensor | None]
+
+FEW_ROWS = 4  # up to here the library's product with its bias is another, better kernel than the one without
+
+
+def mode(training: bool) -> str:
+    """As the kernels' rules name it."""
+    return "training" if training else "evaluation"
+
+
+def product_has_bias(x: Tensor, training: bool) -> bool:
+    """Whether a library's product takes the bias along, rather than the pass behind it. In training it cancels."""
+    return not training and x.size(0) <= FEW_ROWS
+
+
+def one_pass(rows: int, columns: int) -> bool:
+    """Whether a training step's statistics and normalisation are one launch behind the product."""
+    return rows <= kernels.SMALL_ROWS and rows * columns <= kernels.SMALL_ELEMENTS
 
 
 def buffer(new: Tensor | None, like: Tensor, training: bool) -> Tensor:
@@ -74,9 +91,14 @@ def kernel_evaluation(
 ) -> Tensor:
     assert mean is not None and var is not None
     mean, var = mean.contiguous(), var.contiguous()
+    if small_gemm.why_not(x, weight, "evaluation") is None:
+        return small_gemm.batchnorm(x, weight, c, mean, var, out_dtype, training=False)(x)
     if gemm.why_not_product(x, weight) is None:
         return kernels.eval_product(x, weight, c, mean, var, out_dtype)
-    acc = F.linear(x, weight)
+    if product_has_bias(x, training=False):
+        acc, c = F.linear(x, weight, c.bias), c._replace(bias=None)
+    else:
+        acc = F.linear(x, weight)
     return kernels.eval_apply(
         acc, c, mean, var, acc if acc.dtype == out_dtype else torch.empty_like(acc, dtype=out_dtype)
     )
@@ -97,9 +119,13 @@ def kernel_training(
     mean, var = running_mean, running_var
     if mean is not None and var is not None and not (update and mean.is_contiguous() and var.is_contiguous()):
         mean, var = mean.clone(memory_format=torch.contiguous_format), var.clone(memory_format=torch.contiguous_format)
-    product = gemm.why_not_product(x, weight) is None
-    done = None
-    if product and kernels.one_kernel(x, out_dtype):
+    small = not keep and small_gemm.why_not(x, weight, "training") is None
+    product = not small and gemm.why_not_product(x, weight) is None
+    done: tuple[Tensor, Tensor | None, Tensor] | None = None
+    if small:
+        out = small_gemm.batchnorm(x, weight, c, mean, var, out_dtype, training=True, momentum=momentum)(x)
+        done = out, None, out
+    elif product and kernels.one_kernel(x, out_dtype):
         done = kernels.train(x, weight, c, mean, var, momentum, keep)
     if done is not None:
         out, acc, saved = done

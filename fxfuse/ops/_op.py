@@ -17,6 +17,7 @@ Everything else is optional:
     buffers                           Tensor arguments the unfused code updates in place, by name (see below)
     direct(*args) -> str              why an eager call on the CPU or a GPU goes straight to the reference; "" when it
                                       does not. Asked first and often: it looks at a size or two, nothing more
+    told(road, *args) -> Road         the road in words that fit these very sizes, for a person who asks
 
 `args` are always all arguments of the schema, in order; `wanted` has one bool for each Tensor argument, empty when no
 gradient is wanted. A call with several outputs is differentiable in the first; the others are new values of buffers.
@@ -51,6 +52,12 @@ _any_autocast = torch._C._is_any_autocast_enabled
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None), bool, int, float, str, torch.dtype})
 
 
+class Direct:
+    """Counts the calls that went straight to their reference, for those who want to know whether all of theirs did."""
+
+    calls = 0
+
+
 class Op:
     """One fused op, registered with the dispatcher as `torch.ops.<namespace>.<name>`.
 
@@ -73,6 +80,7 @@ class Op:
         autocast: Callable[..., tuple[Any, ...]] | None = None,
         buffers: Sequence[str] = (),
         direct: Callable[..., str] | None = None,
+        told: Callable[..., Road] | None = None,
     ) -> None:
         self.namespace, _, self.name = name.rpartition("::")
         self.namespace = self.namespace or "fxfuse"
@@ -84,6 +92,7 @@ class Op:
         self.again = again or (lambda saved, *args: reference(*args))
         self.autocast = autocast
         self.direct = direct
+        self.told = told
         self.update: dict[str, Any] = {"update": True} if buffers else {}
         self._road = road or functools.partial(_only_road, Road("closed", "its own forward") if forward else _MEANING)
         self.registered = _dispatch.register(self)
@@ -102,7 +111,8 @@ class Op:
         args = self.registered.complete(args, kwargs)
         if self.direct is not None and (args[0].is_cpu or args[0].is_cuda) and (why := self.direct(*args)):
             return Road("composed", why)
-        return self._road(*args)
+        road = self._road(*args)
+        return road if self.told is None else self.told(road, *args)
 
     def __call__(self, *args: Any) -> Any:
         """The op on all its arguments, in order."""
@@ -118,6 +128,7 @@ class Op:
             return self.overload(*args)
         direct, first = self.direct, args[0]
         if direct is not None and (first.is_cuda or first.is_cpu) and direct(*args):
+            Direct.calls += 1
             return self.reference(*args, **self.update)  # right under autocast and transforms, too
         if not _PLAIN.issuperset(map(type, args)):  # subclasses, symbolic numbers
             return self.overload(*args)

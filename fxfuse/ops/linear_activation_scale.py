@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxfuse.kernels import float32_gemm, gemm
+from fxfuse.kernels import float32_gemm, gemm, small_gemm
 from fxfuse.kernels import linear_activation_scale as kernels
 from fxfuse.kernels import matmul_div_sum_scale as collapse
 from fxfuse.kernels.linear_activation_scale import Act
@@ -26,6 +26,7 @@ from ._autocast import cast
 from ._op import Op
 from ._product import product
 from ._road import Road, floating, together, wide
+from ._short import Calls, Launch
 
 # activation -> (value, gradient from (g, z), in-place value or None); alpha and beta are its parameters.
 _Value = Callable[[Tensor, float, float], Tensor]
@@ -139,7 +140,9 @@ def _kernels_fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 KERNEL = Road(
-    "kernel", "bias, activation and factors in the product's epilogue on Hopper; elsewhere, in one pass after it"
+    "kernel",
+    "bias, activation and factors in the product's epilogue where it is small, and on Hopper where it is large;"
+    " elsewhere, in one pass after it",
 )
 KERNEL_FLOAT32 = Road("kernel", f"{KERNEL.why}; {gemm.FLOAT32}")
 CLOSED = Road("closed", "ATen's product; activation and factors in place")
@@ -178,6 +181,10 @@ def _kernel_forward(
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Keeps the output where the derivative can be had from it, else the product."""
     output = kernels.from_output(act)
+    if (output or not keep) and small_gemm.why_not(x, weight) is None:
+        bias = None if bias is None else bias.contiguous()
+        out = small_gemm.activation(x, weight, bias, act)(x)
+        return out, ((out,) if keep else ())
     if (output or not keep) and gemm.why_not_product(x, weight) is None:
         out = kernels.forward(x, weight, bias, act)
         return out, ((out,) if keep else ())
@@ -262,6 +269,13 @@ def direct(x: Tensor, weight: Tensor, bias: Tensor | None, *others: object) -> s
     return ""
 
 
+def told(road: Road, x: Tensor, weight: Tensor, *others: object) -> Road:
+    graph = torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others)
+    return SMALL if road.name == "kernel" and not graph and small_gemm.why_not(x, weight) is None else road
+
+
+SMALL = Road("kernel", f"bias, activation and factors in the product's epilogue; {small_gemm.ONE_LAUNCH}")
+
 OP = Op(
     "linear_activation_scale",
     "(Tensor x, Tensor weight, Tensor? bias=None, str activation='relu', float alpha=0., float beta=0.,"
@@ -273,6 +287,7 @@ OP = Op(
     saves=saves,
     autocast=autocast,
     direct=direct,
+    told=told,
 )
 
 
@@ -300,5 +315,36 @@ def linear_activation_scale(
     Returns [..., N] in the dtype of x; in autocast's dtype under autocast.
     Raises ValueError for another activation, and what torch.nn.functional.linear raises for what does not fit.
     """
-    out: Tensor = OP(x, weight, bias, activation, alpha, beta, pre_scale, scale)
+    out: Tensor
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or not x.is_cuda
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight))
+    ):
+        out = OP(x, weight, bias, activation, alpha, beta, pre_scale, scale)
+        return out
+    numbers = (activation, alpha, beta, pre_scale, scale)
+    key, tensors = (id(weight), x.shape), (x, weight, bias)
+    launch = CALLS.find(key, tensors, numbers)
+    if launch is not None:
+        return launch(x, weight, bias)
+    args = (x, weight, bias, *numbers)
+    out = OP(*args)
+    if OP.inference(args):
+        CALLS.keep(key, tensors, numbers, lambda: _launch(x, weight, bias, Act(*numbers)))
     return out
+
+
+CALLS = Calls()
+
+
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Launch | None:
+    """The call as a launch, where nothing has to be copied for it and the product is a small one, or the library's."""
+    if OP.road(x, weight, bias, *act).name != "kernel" or x.numel() == 0 or weight.size(0) == 0:
+        return None
+    if small_gemm.why_not(x, weight) is None:
+        return small_gemm.activation(x, weight, bias, act) if bias is None or bias.is_contiguous() else None
+    if gemm.why_not_product(x, weight) is None or not x.is_contiguous():
+        return None
+    return small_gemm.after_activation(x, weight, bias, act)

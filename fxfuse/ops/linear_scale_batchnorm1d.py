@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function
 
-from fxfuse.kernels import gemm
+from fxfuse.kernels import gemm, small_gemm
 from fxfuse.kernels.abi import DTYPE_CODE
 
 from ._autocast import cast
 from ._batchnorm import (
+    FEW_ROWS,
     Buffers,
     buffer,
     columns,
@@ -44,13 +45,17 @@ from ._batchnorm import (
     kernel_evaluation,
     kernel_gradients,
     kernel_training,
+    mode,
+    one_pass,
     per_column,
+    product_has_bias,
     scaled_dtype,
     statistics_of,
 )
 from ._op import Op
 from ._product import product
 from ._road import Road, floating, together, wide
+from ._short import Calls, Launch
 
 
 def reference(
@@ -129,7 +134,8 @@ def road(
 
 KERNEL = Road(
     "kernel",
-    "scale and BatchNorm in the product's epilogue on Hopper where that pays, else in one or two passes after it",
+    "scale and BatchNorm in the product's epilogue where it is small, and on Hopper where it is large and that pays;"
+    " else in one or two passes after it",
 )
 KERNEL_FLOAT32 = Road("kernel", f"{KERNEL.why}; {gemm.FLOAT32}")
 CLOSED = Road("closed", "ATen's product, then one multiply-add in place")
@@ -146,7 +152,7 @@ def _kernels_fit(tensors: tuple[Any, ...], training: bool, eps: float) -> bool:
     ):
         return False
     (rows, k), (n, k2) = x.shape, weight.shape
-    if rows <= 1 or n == 0 or k != k2 or eps < 0 or (training and eps <= 0):
+    if rows < (2 if training else 1) or n == 0 or k != k2 or eps < 0 or (training and eps <= 0):
         return False
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         return False
@@ -263,9 +269,7 @@ def backward(
     wanted: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     if training and road.name == "kernel":
-        return kernel_gradients(
-            grad, saved, x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, eps, wanted
-        )
+        return kernel_gradients(grad, saved, x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, eps, wanted)
     y, mean, spread = saved  # the batch's mean and rstd in training, the running statistics in eval
     dtype = wide(grad.dtype, y.dtype)
     s = factors(x, weight, scale, divisor, alpha, dtype)
@@ -304,9 +308,13 @@ def autocast(
 
 def direct(x: Tensor, weight: Tensor, *others: Any) -> str:
     if x.is_cuda:
-        if x.dim() != 2 or x.size(0) <= FEW_ROWS:
+        graph = torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others[:6])
+        if x.dim() != 2:
+            return "not x[M, K]"
+        few = x.size(0) <= FEW_ROWS
+        if few and (graph or (others[8] and small_gemm.why_not(x, weight, "training") is not None)):
             return "too few rows for a pass of their own"
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others[:6]):
+        if graph:
             return gemm.launches_dominate(x, weight, 6 if others[8] else 12)
         return ""
     if others[8]:
@@ -316,7 +324,13 @@ def direct(x: Tensor, weight: Tensor, *others: Any) -> str:
     return "" if x.numel() * weight.size(0) >= 1 << 20 else "small"
 
 
-FEW_ROWS = 4  # up to here the library's product with its bias is another, better kernel than the one without
+def told(road: Road, x: Tensor, weight: Tensor, *others: Any) -> Road:
+    graph = torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others[:6])
+    small = road.name == "kernel" and not graph and small_gemm.why_not(x, weight, mode(others[8])) is None
+    return SMALL if small else road
+
+
+SMALL = Road("kernel", f"scale and BatchNorm in the product's epilogue; {small_gemm.ONE_LAUNCH}")
 
 OP = Op(
     "linear_scale_batchnorm1d",
@@ -332,6 +346,7 @@ OP = Op(
     autocast=autocast,
     buffers=("running_mean", "running_var"),
     direct=direct,
+    told=told,
 )
 
 
@@ -367,6 +382,14 @@ def linear_scale_batchnorm1d(
     """
     statistics = (running_mean, running_var, training, momentum, eps)
     args: tuple[Any, ...] = (x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, *statistics)
+    if not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cuda:
+        return _call((id(weight), x.shape, training), args, None)
+    return _ordinary(args)
+
+
+def _ordinary(args: tuple[Any, ...]) -> Tensor:
+    """The op, with the running statistics updated."""
+    running_mean, running_var, training = args[8:11]
     if torch.compiler.is_compiling():
         out, new_mean, new_var = OP.overload(*args)
     elif torch._C._has_torch_function(args):
@@ -379,7 +402,50 @@ def linear_scale_batchnorm1d(
             running_mean.copy_(new_mean)
         if running_var is not None:
             running_var.copy_(new_var)
+    result: Tensor = out
+    return result
+
+
+CALLS = Calls()
+
+
+def _call(key: tuple[Any, ...], args: tuple[Any, ...], batches: Tensor | None) -> Tensor:
+    """The op on a GPU; `batches`, when given, counts one more batch."""
+    x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, mean, var, training, momentum, eps = args
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight):
+        if batches is not None:
+            batches.add_(1)
+        return _ordinary(args)
+    tensors = (x, weight, bias, scale, divisor, bn_weight, bn_bias, mean, var, batches)
+    numbers = (alpha, training, momentum, eps)
+    launch = CALLS.find(key, tensors, numbers)
+    if launch is not None:
+        return launch(x, weight, bias)
+    if batches is not None:
+        batches.add_(1)
+    out = _ordinary(args)
+    if OP.inference(args):
+        CALLS.keep(key, tensors, numbers, lambda: _launch(args, batches))
     return out
+
+
+def _launch(args: tuple[Any, ...], batches: Tensor | None) -> Launch | None:
+    """The call as a launch, where nothing has to be copied for it and the product is a small one, or the library's."""
+    x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, mean, var, training, momentum, eps = args
+    if OP.road(*args).name != "kernel":
+        return None
+    if any(t is not None and not t.is_contiguous() for t in (bias, scale, divisor, bn_weight, bn_bias, mean, var)):
+        return None
+    if batches is not None and (batches.dtype is not torch.int64 or batches.get_device() != x.get_device()):
+        return None
+    c = columns(bias, scale, divisor, alpha, bn_weight, bn_bias, eps)
+    rest = (mean, var, scaled_dtype(x, scale, divisor), training, momentum, batches)
+    if small_gemm.why_not(x, weight, mode(training)) is None:
+        return small_gemm.batchnorm(x, weight, c, *rest)
+    if gemm.why_not_product(x, weight) is None or (training and not one_pass(x.size(0), weight.size(0))):
+        return None
+    with_bias = product_has_bias(x, training)
+    return small_gemm.after_batchnorm(x, weight, c._replace(bias=None) if with_bias else c, *rest, with_bias)
 
 
 def linear_scale_batchnorm1d_module(
@@ -406,20 +472,24 @@ def linear_scale_batchnorm1d_module(
     bn._check_input_dim(x)
     training, momentum = bn.training, bn.momentum
     bn_weight, bn_bias, mean, var, batches = _tensors_of(bn)
-    if training and bn.track_running_stats and batches is not None:
+    if not training or not bn.track_running_stats:
+        batches = None
+    elif momentum is None and batches is not None:
         batches.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(batches)
+        momentum, batches = 1.0 / float(batches), None
     if momentum is None:
         momentum = 0.0
     if training and not bn.track_running_stats:
-        return linear_scale_batchnorm1d(
-            x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, None, None, True, momentum, bn.eps
-        )
+        mean = var = None
     by_batch = training or (mean is None and var is None)
-    return linear_scale_batchnorm1d(
+    args: tuple[Any, ...] = (
         x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, mean, var, by_batch, momentum, bn.eps
-    )
+    )  # fmt: skip
+    if not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cuda:
+        return _call((id(bn), x.shape, by_batch), args, batches)
+    if batches is not None:
+        batches.add_(1)
+    return linear_scale_batchnorm1d(*args)
 
 
 def _tensors_of(bn: nn.BatchNorm1d) -> tuple[Tensor | None, ...]:

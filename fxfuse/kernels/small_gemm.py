@@ -1,0 +1,315 @@
+"""Calls into ``small_gemm.cu``: a product of few rows with everything behind it, in one launch; and, for other products
+that the library computes, the pass behind them.
+
+What does not change from call to call is handed over once, as a structure (:class:`Launch` and :class:`AfterProduct`
+keep it); a call is then a result's memory and a few pointers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxfuse.kernels import gemm
+from fxfuse.kernels.abi import DTYPE_CODE, PTR, pointer
+from fxfuse.kernels.loader import KernelError, library
+
+if TYPE_CHECKING:
+    from fxfuse.kernels.linear_activation_scale import Act
+    from fxfuse.kernels.linear_scale_batchnorm1d import Columns
+
+__all__ = [
+    "ONE_LAUNCH",
+    "AfterProduct",
+    "Launch",
+    "activation",
+    "after_activation",
+    "after_batchnorm",
+    "batchnorm",
+    "why_not",
+]
+
+#: For a person: why products of few rows go their own way.
+ONE_LAUNCH = "a product this small takes one launch, which a call like one made before goes to at once"
+
+_ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
+_I64, _FLOAT, _DOUBLE = ctypes.c_int64, ctypes.c_float, ctypes.c_double
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = [("data", PTR), ("code", _I64)]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        ("weight", PTR), ("m", _I64), ("n", _I64), ("k", _I64), ("pitch_x", _I64), ("pitch_w", _I64),
+        ("dtype", _I64), ("out_dtype", _I64), ("ieee", _I64), ("device", _I64),
+    ]  # fmt: skip
+
+
+class _ActivationCall(ctypes.Structure):
+    _fields_ = [
+        ("product", _Product), ("bias", _Vector), ("activation", _I64),
+        ("alpha", _FLOAT), ("beta", _FLOAT), ("pre_scale", _FLOAT), ("scale", _FLOAT),
+    ]  # fmt: skip
+
+
+class _BatchNormCall(ctypes.Structure):
+    _fields_ = [
+        ("product", _Product),
+        *[(name, _Vector) for name in ("bias", "scale", "divisor", "gamma", "beta", "running_mean", "running_var")],
+        ("batches", PTR), ("training", _I64), ("momentum", _DOUBLE), ("multiplier", _DOUBLE), ("eps", _FLOAT),
+    ]  # fmt: skip
+
+
+class _Functions(NamedTuple):
+    activation: Callable[..., int]
+    batchnorm: Callable[..., int]
+    after_activation: Callable[..., int]
+    after_batchnorm: Callable[..., int]
+
+
+@functools.lru_cache(maxsize=1)
+def _functions() -> _Functions:
+    found = library()
+    assert found is not None, "asked for before the kernels were there"
+    arguments = [PTR, PTR, PTR, PTR]
+    return _Functions(
+        found.raw("fxfuse_small_linear_activation_scale", arguments),
+        found.raw("fxfuse_small_linear_scale_batchnorm1d", arguments),
+        found.raw("fxfuse_after_linear_activation_scale", arguments),
+        found.raw("fxfuse_after_linear_scale_batchnorm1d", [*arguments, PTR]),
+    )
+
+
+class Launch:
+    """A kernel with all its arguments but x: ``launch(x)`` gives the result. x is as it was when this was made, in
+    everything but its memory's address; the memory of all other tensors stays where it was, and alive."""
+
+    __slots__ = ("_address", "_call", "_device", "_dtype", "_function", "_shape", "_strides", "in_graphs")
+
+    def __init__(
+        self,
+        function: Callable[..., int],
+        call: ctypes.Structure,
+        x: Tensor,
+        n: int,
+        dtype: torch.dtype,
+        in_graphs: bool = True,
+    ):
+        self.in_graphs = in_graphs  # whether this is the way in CUDA graphs, too
+        self._function, self._call, self._address = function, call, ctypes.addressof(call)
+        self._shape, self._dtype, self._device = (*x.shape[:-1], n), dtype, x.get_device()
+        self._strides = tuple(math.prod(self._shape[i + 1 :]) for i in range(len(self._shape)))
+
+    def __call__(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        out = _allocate(self._shape, self._strides, self._dtype, self._device)
+        code = self._function(self._address, x.data_ptr(), out.data_ptr(), _stream(self._device))
+        if code:
+            raise _failed(code)
+        return out
+
+
+class AfterProduct:
+    """The library's product, then a kernel with all its arguments but the product: ``after(x, weight, bias)``.
+
+    Everything is as it was when this was made but for the address of x. with_bias: whether the product takes the bias.
+    scratch: elements of float32 that the kernel wants, None where it takes none.
+    """
+
+    in_graphs = True
+    __slots__ = ("_address", "_bias", "_call", "_device", "_dtype", "_function", "_scratch")
+
+    def __init__(
+        self,
+        function: Callable[..., int],
+        call: ctypes.Structure,
+        x: Tensor,
+        dtype: torch.dtype,
+        with_bias: bool,
+        scratch: int | None,
+    ):
+        self._function, self._call, self._address = function, call, ctypes.addressof(call)
+        self._dtype, self._device, self._bias, self._scratch = dtype, x.get_device(), with_bias, scratch
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        acc = F.linear(x, weight, bias if self._bias else None)
+        out = acc if acc.dtype is self._dtype else torch.empty_like(acc, dtype=self._dtype)
+        rest: tuple[int | None, ...] = (_stream(self._device),)
+        if self._scratch is not None:
+            scratch = None  # as long as the launch takes
+            if self._scratch:
+                scratch = _allocate((self._scratch,), (1,), torch.float32, self._device)
+            rest = (pointer(scratch), *rest)
+        code = self._function(self._address, acc.data_ptr(), out.data_ptr(), *rest)
+        if code:
+            raise _failed(code)
+        return out
+
+
+def _failed(code: int) -> KernelError:
+    found = library()
+    return KernelError(f"a kept call: {found.error(code) if found else code}", code)
+
+
+def _allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:
+    """An uninitialised tensor; by the way of Inductor's own code, at a third of the cost, on the current device."""
+    if _empty_strided is not None and _current_device() == device:
+        return _empty_strided(shape, strides, dtype)
+    return torch.empty(shape, dtype=dtype, device=torch.device("cuda", device))
+
+
+_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_empty_strided: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def matrix(t: Tensor) -> tuple[int, int] | None:
+    """t [..., K] as (rows, elements between rows), where its rows are contiguous and evenly spaced."""
+    k = t.size(-1)
+    if t.dim() != 2:
+        return (t.numel() // max(k, 1), k) if t.is_contiguous() else None
+    if k > 1 and t.stride(1) != 1:
+        return None
+    return t.size(0), t.stride(0)
+
+
+def why_not(x: Tensor, weight: Tensor, op: str = "activation") -> str | None:
+    """The reason why this kernel is not used for x [..., K] and weight [N, K] of one dtype on a GPU; None when it is.
+
+    op: "activation", "evaluation" or "training". By shapes, strides, dtype and settings alone, and whether x and weight
+    start at a multiple of 16 bytes, and whether a CUDA graph is being captured: the same call takes the same kernel.
+    """
+    if x.dim() == 0 or weight.dim() != 2 or x.dtype not in DTYPE_CODE:
+        return "not x[..., K] and weight[N, K] of a dtype that has a kernel"
+    a, b = matrix(x), matrix(weight)
+    n, k = weight.shape
+    if a is None or b is None:
+        return "rows that are not contiguous"
+    if a[0] == 0 or n == 0 or k == 0:
+        return "nothing to multiply"
+    sizes = a[0], n, k, x.element_size(), (exact := _exact(x, a[0], n, k)), op, gemm.processors(x.get_device())
+    if not gemm.small_pays(*sizes, captured=True) and (
+        not gemm.small_pays(*sizes, captured=False) or torch.cuda.is_current_stream_capturing()
+    ):
+        return "a product this large is faster in the library"
+    if exact and gemm.float32_off() and gemm.ieee(x):
+        return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
+    unit = 16 // x.element_size()
+    even = not ((a[1] % unit and a[0] > 1) or (b[1] % unit and n > 1))
+    if not (even and _aligned(x) and _aligned(weight)) and not gemm.small_unaligned_pays(a[0], n, k):
+        return "rows that are not 16-byte aligned"
+    return None
+
+
+def _aligned(t: Tensor) -> bool:
+    return type(t) not in (Tensor, torch.nn.Parameter) or t.data_ptr() % 16 == 0  # a fake tensor has no address
+
+
+def activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Launch:
+    """linear_activation_scale as a launch: out [..., N] of x's dtype. bias: [N] or None, contiguous, in x's dtype.
+
+    The caller has asked ``why_not`` and keeps every tensor's memory alive.
+    """
+    product = _product(x, weight, x.dtype)
+    call = _ActivationCall(product, _vector(bias), *act.arguments())
+    return Launch(_functions().activation, call, x, weight.size(0), x.dtype, _in_graphs(product, x, "activation"))
+
+
+def batchnorm(
+    x: Tensor,
+    weight: Tensor,
+    c: Columns,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    out_dtype: torch.dtype,
+    training: bool,
+    momentum: float = 0.0,
+    batches: Tensor | None = None,
+) -> Launch:
+    """linear_scale_batchnorm1d as a launch: out [M, N] of ``out_dtype``, x's or float32. In training, for at most 256
+    rows, it updates the running statistics in place, where given, and adds one to ``batches`` (int64, on the device).
+
+    The caller has asked ``why_not`` and keeps every tensor's memory alive; vectors are contiguous.
+    """
+    product = _product(x, weight, out_dtype)
+    call = _batchnorm_call(product, c, running_mean, running_var, training, momentum, batches)
+    in_graphs = _in_graphs(product, x, "training" if training else "evaluation")
+    return Launch(_functions().batchnorm, call, x, weight.size(0), out_dtype, in_graphs)
+
+
+def after_activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> AfterProduct:
+    """linear_activation_scale behind the library's product, for x contiguous."""
+    n, k = weight.shape
+    m, device, code = x.numel() // k, x.get_device(), DTYPE_CODE[x.dtype]
+    call = _ActivationCall(_Product(None, m, n, k, 0, 0, code, code, 0, device), _Vector(None, 0), *act.arguments())
+    return AfterProduct(_functions().after_activation, call, x, x.dtype, True, None)
+
+
+def after_batchnorm(
+    x: Tensor,
+    weight: Tensor,
+    c: Columns,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    out_dtype: torch.dtype,
+    training: bool,
+    momentum: float,
+    batches: Tensor | None,
+    with_bias: bool,
+) -> AfterProduct:
+    """linear_scale_batchnorm1d behind the library's product; in training for at most 1024 rows. with_bias: the product
+    takes the bias, and c has none."""
+    (n, k), m = weight.shape, x.size(0)
+    product = _Product(
+        None, m, n, k, 0, 0, DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], 0, x.get_device()
+    )  # fmt: skip
+    call = _batchnorm_call(product, c, running_mean, running_var, training, momentum, batches)
+    return AfterProduct(_functions().after_batchnorm, call, x, out_dtype, with_bias, 3 * n if training else 0)
+
+
+def _batchnorm_call(
+    product: _Product,
+    c: Columns,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    batches: Tensor | None,
+) -> _BatchNormCall:
+    vectors = (c.bias, c.scale, c.divisor, c.weight, c.shift, running_mean, running_var)
+    return _BatchNormCall(product, *map(_vector, vectors), pointer(batches), training, momentum, c.alpha, c.eps)
+
+
+def _product(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> _Product:
+    a, b = matrix(x), matrix(weight)
+    assert a is not None and b is not None
+    n, k = weight.shape
+    return _Product(
+        weight.data_ptr(), a[0], n, k, a[1], b[1],
+        DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], _exact(x, a[0], n, k), x.get_device(),
+    )  # fmt: skip
+
+
+def _in_graphs(p: _Product, x: Tensor, op: str) -> bool:
+    """Whether this kernel is also the way where the host's time does not count."""
+    processors = gemm.processors(x.get_device())
+    return gemm.small_pays(p.m, p.n, p.k, x.element_size(), bool(p.ieee), op, processors, captured=True)
+
+
+def _exact(x: Tensor, m: int, n: int, k: int) -> bool:
+    """Whether products are float32's: where TF32 is allowed, with one row, column or term, as the library's are."""
+    return x.dtype is torch.float32 and (m == 1 or n == 1 or k == 1 or gemm.ieee(x))
+
+
+def _vector(t: Tensor | None) -> _Vector:
+    if t is None:
+        return _Vector(None, 0)
+    return _Vector(t.data_ptr(), DTYPE_CODE[t.dtype] + (_ONE_FOR_ALL if t.numel() == 1 else 0))

@@ -1,0 +1,111 @@
+"""Stepping aside: when a fused forward runs the module's own Python, with a stand-in for the GPU's sizes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfuse
+from fxfuse import aside
+from fxfuse.aside import Aside
+from fxfuse.ops import linear_activation_scale as op
+from fxfuse.plan import plan_of
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x)) / 2
+
+
+def sizes_without_a_gpu(self, values):
+    return (values[0].shape, values[0].dtype, False) if torch.is_grad_enabled() and type(values[0]) is Tensor else None
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    monkeypatch.setattr(Aside, "sizes", sizes_without_a_gpu)
+    monkeypatch.setattr(aside, "_capturing", lambda: False)
+    return fxfuse.optimize(Model())
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The calls that reached the op."""
+    calls = []
+    real = op.OP.direct
+
+    def direct(*args):
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(op.OP, "direct", direct)
+    return calls
+
+
+def test_a_call_whose_ops_are_all_direct_steps_aside(fused, asked):
+    x = torch.randn(2, 8)
+    want = fused(x)
+    for _ in range(5):
+        torch.testing.assert_close(fused(x), want)
+    assert len(asked) == 1, "asked once"
+    fused(torch.randn(3, 8))
+    assert len(asked) == 2, "another size is asked again"
+    with torch.no_grad():
+        fused(x)
+    assert len(asked) == 3, "and so is a call without gradients"
+
+
+def test_what_was_learnt_is_asked_again(fused, asked, monkeypatch):
+    monkeypatch.setattr(aside, "EVERY", 3)
+    x = torch.randn(2, 8)
+    for _ in range(9):
+        fused(x)
+    assert len(asked) == 3
+
+
+def test_ops_that_are_not_direct_are_asked_every_time(fused, monkeypatch):
+    calls = []
+    monkeypatch.setattr(op.OP, "direct", lambda *args: calls.append(args) or "")
+    for _ in range(4):
+        fused(torch.randn(2, 8))
+    assert len(calls) == 4
+
+
+def test_a_graph_that_is_captured_gets_the_fused_op(fused, asked, monkeypatch):
+    x = torch.randn(2, 8)
+    fused(x), fused(x)
+    assert len(asked) == 1
+    monkeypatch.setattr(aside, "_capturing", lambda: True)
+    fused(x)
+    assert len(asked) == 2
+
+
+def test_sizes_are_bounded_and_of_ordinary_calls_alone(monkeypatch):
+    found = Aside()
+    x = torch.randn(2, 8)
+    assert found.sizes([x]) is None, "not on a GPU"
+    assert found.sizes([]) is None
+    for number in range(3 * aside.MOST):
+        found.learn(number)
+        assert len(found._left) <= aside.MOST
+    assert found.sizes([nn.Parameter(x)]) is None
+    with torch.no_grad():
+        assert found.sizes([x]) is None
+
+
+def test_copies_and_pickles_go_on(fused):
+    x = torch.randn(2, 8)
+    want = fused(x)
+    fused(x)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        torch.testing.assert_close(other(x), want)
+        assert plan_of(other) is not None
