@@ -42,7 +42,7 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _switch(name: str) -> str:
+def _getenv(name: str) -> str:
     """An environment variable as it is now, "" where it is not set."""
     if _environment is None:
         return os.environ.get(name, "")
@@ -61,7 +61,7 @@ def processors(device: int) -> int:
 
 def is_hopper(device: torch.device) -> bool:
     """Compute capability 9.0, unless FXFUSE_PORTABLE says to act as on 8.0."""
-    return _capability(device.index) == (9, 0) and _switch("FXFUSE_PORTABLE") in ("", "0")
+    return _capability(device.index) == (9, 0) and _getenv("FXFUSE_PORTABLE") in ("", "0")
 
 
 _precision = torch._C._get_fp32_precision_getter
@@ -75,7 +75,7 @@ def tf32_allowed() -> bool:
 
 def float32_settings() -> tuple[Any, ...]:
     """Everything but the tensors that decides how float32 products are computed."""
-    return _precision("cuda", "matmul"), _precision("generic", "all"), _switch("FXFUSE_FLOAT32")
+    return _precision("cuda", "matmul"), _precision("generic", "all"), _getenv("FXFUSE_FLOAT32")
 
 
 def ieee(x: Tensor) -> bool:
@@ -85,7 +85,7 @@ def ieee(x: Tensor) -> bool:
 
 def float32_off() -> bool:
     """FXFUSE_FLOAT32=library: products in IEEE float32 stay with the library."""
-    return _switch("FXFUSE_FLOAT32") == "library"
+    return _getenv("FXFUSE_FLOAT32") == "library"
 
 
 def float32_on_tensor_cores(x: Tensor) -> bool:
