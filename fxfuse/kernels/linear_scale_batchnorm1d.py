@@ -180,6 +180,42 @@ def train(
 
     None, and nothing done, where the device has no room for all of its blocks at once (part of it is set aside).
     """
+    return _train(x, weight, _train_arguments(x, c, running_mean, running_var, momentum), None, keep)
+
+
+def train_launch(
+    x: Tensor,
+    weight: Tensor,
+    c: Columns,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    batches: Tensor | None,
+) -> Callable[..., Tensor | None]:
+    """``train`` without a backward pass to come, as ``launch(x, weight, bias)`` -> out, or None where it gives None.
+
+    It adds one to ``batches`` (int64, on the device). The caller keeps every tensor's memory alive.
+    """
+    arguments, counted = _train_arguments(x, c, running_mean, running_var, momentum), pointer(batches)
+
+    def launch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        found = _train(x, weight, arguments, counted, False)
+        return None if found is None else found[0]
+
+    return launch
+
+
+def _train_arguments(
+    x: Tensor, c: Columns, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Any, ...]:
+    return (
+        *c.arguments(), *_vector(running_mean), *_vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype]
+    )  # fmt: skip
+
+
+def _train(
+    x: Tensor, weight: Tensor, arguments: tuple[Any, ...], batches: int | None, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
     a, b = gemm.rows(x), gemm.rows(weight)
     assert a is not None and b is not None
     m, n, device = x.size(0), weight.size(0), x.device.index
@@ -194,8 +230,7 @@ def train(
     try:
         _functions().train(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
-            counters.data_ptr(), saved.data_ptr(), None, m, n, weight.size(1), a[1], b[1], *c.arguments(), *_vector(running_mean),
-            *_vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype], device, queue,
+            counters.data_ptr(), saved.data_ptr(), batches, m, n, weight.size(1), a[1], b[1], *arguments, device, queue,
         )  # fmt: skip
     except KernelError as error:
         if error.code != _TOO_LARGE_TO_COOPERATE:

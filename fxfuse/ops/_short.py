@@ -41,7 +41,7 @@ _has_torch_function = torch._C._has_torch_function_unary
 
 _grad_enabled = torch.is_grad_enabled
 Tensors = Sequence["Tensor | None"]
-Launch = Callable[..., Tensor]
+Launch = Callable[..., "Tensor | None"]  # None: nothing was done, and the ordinary road has to
 
 
 class _Kept:

@@ -239,7 +239,7 @@ def linear_backward(
 
 
 def _column_sums(dz: Tensor, factor: float) -> Tensor:
-    """factor · the sums of dz's columns, in its dtype: by the kernel, since ATen's takes scratch of several times dz."""
+    """factor · the sums of dz's columns, in its dtype: by our kernel, for ATen's takes scratch of several times dz."""
     if dz.is_cuda and dz.numel() and collapse.why_not(dz, dz) is None:
         sums = collapse.column_sums(dz, None)[: dz.size(1)]
         return (sums if factor == 1 else sums.mul_(factor)).to(dz.dtype)
@@ -327,8 +327,8 @@ def linear_activation_scale(
     numbers = (activation, alpha, beta, pre_scale, scale)
     key, tensors = (id(weight), x.shape), (x, weight, bias)
     launch = CALLS.find(key, tensors, numbers)
-    if launch is not None:
-        return launch(x, weight, bias)
+    if launch is not None and (kept := launch(x, weight, bias)) is not None:
+        return kept
     args = (x, weight, bias, *numbers)
     out = OP(*args)
     if OP.inference(args):

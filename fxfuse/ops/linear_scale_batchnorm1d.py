@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function
 
 from fxfuse.kernels import gemm, small_gemm
+from fxfuse.kernels import linear_scale_batchnorm1d as kernels
 from fxfuse.kernels.abi import DTYPE_CODE
 
 from ._autocast import cast
@@ -419,8 +420,8 @@ def _call(key: tuple[Any, ...], args: tuple[Any, ...], batches: Tensor | None) -
     tensors = (x, weight, bias, scale, divisor, bn_weight, bn_bias, mean, var, batches)
     numbers = (alpha, training, momentum, eps)
     launch = CALLS.find(key, tensors, numbers)
-    if launch is not None:
-        return launch(x, weight, bias)
+    if launch is not None and (out := launch(x, weight, bias)) is not None:
+        return out
     if batches is not None:
         batches.add_(1)
     out = _ordinary(args)
@@ -442,7 +443,11 @@ def _launch(args: tuple[Any, ...], batches: Tensor | None) -> Launch | None:
     rest = (mean, var, scaled_dtype(x, scale, divisor), training, momentum, batches)
     if small_gemm.why_not(x, weight, mode(training)) is None:
         return small_gemm.batchnorm(x, weight, c, *rest)
-    if gemm.why_not_product(x, weight) is None or (training and not one_pass(x.size(0), weight.size(0))):
+    if gemm.why_not_product(x, weight) is None:
+        if training and kernels.one_kernel(x, rest[2]):
+            return kernels.train_launch(x, weight, c, mean, var, momentum, batches)
+        return None
+    if training and not one_pass(x.size(0), weight.size(0)):
         return None
     with_bias = product_has_bias(x, training)
     return small_gemm.after_batchnorm(x, weight, c._replace(bias=None) if with_bias else c, *rest, with_bias)

@@ -202,3 +202,57 @@ def test_a_step_that_cannot_have_all_its_blocks_at_once_takes_several_kernels(mo
     want = original.double()(x.double() @ layer.weight.double().T + layer.bias.double())
     assert error(got, want) < 3e-3
     torch.testing.assert_close(bn.running_var.double(), original.running_var, rtol=3e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(512, 6400, 512), (4100, 2048, 520)])
+def test_kept_training_calls_without_a_gradient(m, n, k, refused, monkeypatch):
+    eager = Block(k, n).to("cuda", torch.bfloat16)
+    fused = Fused(k, n).to("cuda", torch.bfloat16)
+    fused.load_state_dict(eager.state_dict())
+    judge = copy.deepcopy(eager).double()
+    real = kernels._functions()
+
+    def refuse(*args):
+        raise loader.KernelError("no room", 720)
+
+    with torch.no_grad():
+        for step in range(4):
+            if refused and step == 2:  # a call is kept by now
+                monkeypatch.setattr(kernels, "_functions", lambda: real._replace(train=refuse))
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16) + 1
+            want, base, got = judge(x.double()), eager(x), fused(x)
+            assert got.dtype == base.dtype
+            assert error(got, want) <= 1.25 * error(base, want)
+            for name in ("running_mean", "running_var"):
+                exact, other, ours = (getattr(model.bn, name) for model in (judge, eager, fused))
+                assert error(ours, exact) <= 1.25 * error(other, exact), name
+            assert int(fused.bn.num_batches_tracked) == step + 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(("m", "n", "k"), [(16, 64, 64), (512, 6400, 512), (4100, 2048, 520)])
+def test_the_second_device(m, n, k):
+    eager = Block(k, n).to("cuda:1", torch.bfloat16)
+    fused = Fused(k, n).to("cuda:1", torch.bfloat16)
+    fused.load_state_dict(eager.state_dict())
+    judge = copy.deepcopy(eager).double()
+    weight, bias = eager.linear.weight, eager.linear.bias
+    for training, gradient in ((True, True), (True, False), (True, False), (False, False), (False, False)):
+        x = torch.randn(m, k, device="cuda:1", dtype=torch.bfloat16) + 1
+        with torch.set_grad_enabled(gradient):
+            want, base, got = (model.train(training)(i) for model, i in ((judge, x.double()), (eager, x), (fused, x)))
+        assert got.device == x.device
+        assert error(got, want) <= 1.25 * error(base, want)
+        if gradient:
+            for model, out in ((judge, want), (eager, base), (fused, got)):
+                model.zero_grad()
+                out.sum().backward()
+            exact, other, ours = (model.scale.grad for model in (judge, eager, fused))
+            assert error(ours, exact) <= 1.25 * error(other, exact)
+        with torch.no_grad():
+            args = (x, weight, bias, "relu", 0.0, 0.0, 1.0, 0.5)
+            want = F.relu(F.linear(*(t.double() for t in args[:3]))) * 0.5
+            base = F.relu(F.linear(*args[:3])) * 0.5
+            assert error(linear_activation_scale(*args), want) <= 1.25 * error(base, want)
+    assert int(fused.bn.num_batches_tracked) == 3
