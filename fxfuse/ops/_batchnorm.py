@@ -145,15 +145,6 @@ def kernel_training(
     return (out, *buffers), (acc, saved)
 
 
-def statistics_of(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Column mean, y minus it, and the biased variance, in two passes: no E[y²] − E[y]²."""
-    rough = y.mean(0, dtype=dtype)
-    centred = y - rough
-    rest = centred.mean(0)  # what rounding left in the mean
-    centred -= rest
-    return rough + rest, centred, centred.square().mean(0)
-
-
 def kernel_gradients(
     grad: Tensor,
     saved: Sequence[Tensor],

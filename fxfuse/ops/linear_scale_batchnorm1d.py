@@ -35,10 +35,10 @@ from fxfuse.kernels import gemm, small_gemm
 from fxfuse.kernels import linear_scale_batchnorm1d as kernels
 from fxfuse.kernels.abi import DTYPE_CODE
 
+from . import _batchnorm_closed as closed
 from ._autocast import cast
 from ._batchnorm import (
     FEW_ROWS,
-    Buffers,
     buffer,
     columns,
     factors,
@@ -51,7 +51,6 @@ from ._batchnorm import (
     per_column,
     product_has_bias,
     scaled_dtype,
-    statistics_of,
 )
 from ._op import Op
 from ._product import product
@@ -202,33 +201,20 @@ def forward(
     dtype = wide(out_dtype)
     s = factors(x, weight, scale, divisor, alpha, dtype)
     y = F.linear(x, weight, bias)
+    nothing = None if update else x.new_empty(0)
     if not training:
         assert running_mean is not None and running_var is not None
-        slope = (running_var + eps).rsqrt_()
-        if bn_weight is not None:
-            slope *= bn_weight
-        shift = -running_mean * slope if bn_bias is None else torch.addcmul(bn_bias, running_mean, slope, value=-1)
-        slope = slope * s
-        out = torch.addcmul(shift, y, slope) if keep or y.dtype != dtype else y.mul_(slope).add_(shift)
-        saved = (y, running_mean.clone(), running_var.clone()) if keep else ()
-        nothing = None if update else x.new_empty(0)
+        out, saved = closed.evaluate(y, s, bn_weight, bn_bias, running_mean, running_var, eps, dtype, keep)
         return (out.to(out_dtype), nothing, nothing if update else x.new_empty(0)), saved
-
-    rows = y.size(0)
-    mean, centred, var = statistics_of(y, dtype)
-    rstd = (var * s * s + eps).rsqrt_()
-    slope = rstd * s if bn_weight is None else rstd * s * bn_weight
-    out = centred.mul_(slope) if bn_bias is None else torch.addcmul(bn_bias, centred, slope, out=centred)
-    new_mean = new_var = None
+    out, (new_mean, new_var), saved = closed.train(
+        y, s, bn_weight, bn_bias, running_mean, running_var, momentum, eps, dtype, keep
+    )
+    if not update:
+        return (out.to(out_dtype), buffer(new_mean, x, True), buffer(new_var, x, True)), saved
     if running_mean is not None and running_var is not None:
-        new_mean = running_mean.lerp(mean * s, momentum)
-        new_var = running_var.lerp(var * s * s * (rows / (rows - 1)), momentum)
-        if update:
-            running_mean.copy_(new_mean)
-            running_var.copy_(new_var)
-    saved = (y, mean, rstd) if keep else ()
-    buffers: Buffers = (None, None) if update else (buffer(new_mean, x, True), buffer(new_var, x, True))
-    return (out.to(out_dtype), *buffers), saved
+        running_mean.copy_(new_mean)  # type: ignore[arg-type]
+        running_var.copy_(new_var)  # type: ignore[arg-type]
+    return (out.to(out_dtype), None, None), saved
 
 
 def saves(
@@ -271,28 +257,10 @@ def backward(
 ) -> Sequence[Tensor | None]:
     if training and road.name == "kernel":
         return kernel_gradients(grad, saved, x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, eps, wanted)
-    y, mean, spread = saved  # the batch's mean and rstd in training, the running statistics in eval
-    dtype = wide(grad.dtype, y.dtype)
+    dtype = wide(grad.dtype, saved[0].dtype)
     s = factors(x, weight, scale, divisor, alpha, dtype)
-    dz = grad.to(dtype)
-    total = dz.sum(0)  # B
-    gamma: Tensor | float = 1.0 if bn_weight is None else bn_weight
-    if training:
-        rows, rstd = y.size(0), spread
-        centred = y - mean
-        projection = torch.mul(dz, centred).sum(0)  # P
-        d_gamma = projection * rstd * s
-        d_s = projection * gamma * eps * rstd**3
-        dy = centred.mul_(projection * (s * rstd) ** 2 / -rows).add_(dz).sub_(total / rows).mul_(gamma * rstd * s)
-    else:
-        rstd = (spread + eps).rsqrt_()
-        projection = torch.mul(dz, y).sum(0) if any(wanted[3:6]) else total
-        d_gamma = rstd * (projection * s - mean * total)
-        d_s = projection * gamma * rstd
-        dy = dz * (gamma * rstd * s)
-
-    dy = dy.to(y.dtype)
-    return gradients(dy, d_gamma, total, d_s, s, x, weight, bias, scale, divisor, alpha, training, wanted)
+    dy, d_gamma, d_beta, d_s = closed.gradient(grad.to(dtype), saved, s, bn_weight, eps, training, any(wanted[3:6]))
+    return gradients(dy, d_gamma, d_beta, d_s, s, x, weight, bias, scale, divisor, alpha, training, wanted)
 
 
 def again(saved: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
