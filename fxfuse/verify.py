@@ -94,8 +94,9 @@ class _Trial:
                 self.exact[mode] = run(self.copied(double=True), self.example, mode, double=True)
             except Exception as error:  # a dtype written into the model
                 self.exact[mode] = None
-                self.notes.append(f"The original does not run in float64 ({_first_line(error)}); it was compared in "
-                                  "its own dtype.")  # fmt: skip
+                note = f"The original does not run in float64 ({_first_line(error)}); it was compared in its own dtype."
+                if note not in self.notes:  # as a rule the same in both modes
+                    self.notes.append(note)
         if not self.eager:
             raise ValueError(f"example_inputs do not run through the model: {failures[0].partition('raises ')[2]}")
         self.notes += [f"{failure[0].upper()}{failure[1:]}." for failure in failures]
