@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fxfuse.match import Match
     from fxfuse.pattern import Pattern
 
-__all__ = ["UNDONE", "Choice", "Key", "Place"]
+__all__ = ["UNDONE", "Choice", "Key", "Place", "owner_of"]
 
 UNDONE = "verification found it out of bounds"
 #: (module path, pattern, paths of the tensors and modules it reads, which one of several like it)
@@ -59,7 +59,7 @@ class Choice:
         def allow(match: Match, pattern: Pattern) -> str | None:
             if any((pattern.name, node) in closed for node in match.nodes):
                 return UNDONE
-            path, reads = _owner(where, match), _reads(where, match)
+            path, reads = _join(where, owner_of(match)), _reads(where, match)
             like = (path, pattern.name, reads, 0)
             key = (path, pattern.name, reads, met[like])
             met[like] += 1
@@ -74,12 +74,6 @@ class Choice:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"refused": self.refused, "only": self.only, "places": {}}
-
-
-def _owner(where: str, match: Match) -> str:
-    from fxfuse.fuse import owner_of
-
-    return _join(where, owner_of(match))
 
 
 def _reads(where: str, match: Match) -> tuple[str, ...]:
@@ -100,3 +94,32 @@ def _place(path: str, match: Match) -> Place:
 
 def _join(where: str, path: str) -> str:
     return ".".join(filter(None, (where, path)))
+
+
+def owner_of(match: Match) -> str:
+    """The path of the smallest module whose forward computes all of a match ('' is the root)."""
+    paths = [stack_path(node) for node in match.nodes]
+    common = paths[0]
+    for path in paths[1:]:
+        common = tuple(a for a, b in zip(common, path, strict=False) if a == b)[: _shared_length(common, path)]
+    return common[-1] if common else ""
+
+
+def _shared_length(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+def stack_path(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the modules whose forwards are running at a node, outermost first; a called leaf does not count."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ()
+    paths = [str(entry[0]) for entry in stack.values()]
+    if node.op == "call_module" and paths and paths[-1] == node.target:
+        paths.pop()
+    return tuple(p for p in paths if p)

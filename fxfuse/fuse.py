@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxfuse.capture import Captured, called_only, capture
-from fxfuse.choice import Choice
+from fxfuse.choice import Choice, owner_of
 from fxfuse.known import call_of, steps_of
 from fxfuse.match import Match, Miss
 from fxfuse.pattern import Pattern
@@ -126,35 +126,6 @@ def snapshot(graph: fx.Graph, marks: dict[fx.Node, str]) -> tuple[tuple[str, str
 
 def _class_name(root: nn.Module | None, path: str) -> str:
     return original_class(root.get_submodule(path)).__name__ if root is not None else ""
-
-
-def owner_of(match: Match) -> str:
-    """The path of the smallest module whose forward computes all of a match ('' is the root)."""
-    paths = [stack_path(node) for node in match.nodes]
-    common = paths[0]
-    for path in paths[1:]:
-        common = tuple(a for a, b in zip(common, path, strict=False) if a == b)[: _shared_length(common, path)]
-    return common[-1] if common else ""
-
-
-def _shared_length(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
-
-
-def stack_path(node: fx.Node) -> tuple[str, ...]:
-    """Paths of the modules whose forwards are running at a node, outermost first; a called leaf does not count."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ()
-    paths = [str(entry[0]) for entry in stack.values()]
-    if node.op == "call_module" and paths and paths[-1] == node.target:
-        paths.pop()
-    return tuple(p for p in paths if p)
 
 
 def build_variant(plan: Plan, owner: Any, kinds: tuple[Any, ...]) -> Variant:

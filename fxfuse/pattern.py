@@ -22,8 +22,8 @@ from fxfuse.guards import Guard
 
 if TYPE_CHECKING:
     from fxfuse.cost import Cost
+    from fxfuse.emit import Emit
     from fxfuse.report import Replacement
-    from fxfuse.rewrite import Emit
 
 __all__ = ["Pattern", "Words", "available", "register", "select", "unregister"]
 

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 import fxfuse
 from fxfuse import Pattern
+from fxfuse.emit import Emit
 from fxfuse.match import Chain, op, variables
 from fxfuse.pattern import select
-from fxfuse.rewrite import Emit, Fuel, find, replace
+from fxfuse.rewrite import Fuel, find, replace
 from fxfuse.view import View
 
 x, y, w = variables("x y w")

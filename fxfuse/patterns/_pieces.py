@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfuse.emit import Emit
 from fxfuse.match import Either, Match, op, variables
-from fxfuse.rewrite import Emit
 
 x, weight, bias = variables("x weight bias")
 

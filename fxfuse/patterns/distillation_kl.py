@@ -6,11 +6,11 @@ import math
 
 from torch import fx
 
+from fxfuse.emit import Emit
 from fxfuse.guards import last_dim, same_dim
 from fxfuse.match import Chain, Either, Match, Var, op, variables
 from fxfuse.ops.distillation_kl import distillation_kl
 from fxfuse.pattern import Pattern, Words
-from fxfuse.rewrite import Emit
 
 student, teacher, dim, teacher_dim, reduction = variables("student teacher dim teacher_dim reduction")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxfuse.emit import Emit
 from fxfuse.match import Either, Match, op, variables
 from fxfuse.ops.kl_div import kl_div
 from fxfuse.pattern import Pattern, Words
-from fxfuse.rewrite import Emit
 
 probability, input, target, reduction, log_target = variables("probability input target reduction log_target")
 

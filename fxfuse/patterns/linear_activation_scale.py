@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxfuse.emit import Emit
 from fxfuse.guards import bias_is_vector, weight_is_matrix
 from fxfuse.match import Chain, Either, Match, Var, number, op
 from fxfuse.ops.linear_activation_scale import linear_activation_scale
 from fxfuse.pattern import Pattern, Words
 from fxfuse.patterns._pieces import call_on_product, product
-from fxfuse.rewrite import Emit
 
 ACTIVATIONS = ("relu", "gelu", "silu", "sigmoid", "tanh", "leaky_relu", "hardtanh", "clamp")
 

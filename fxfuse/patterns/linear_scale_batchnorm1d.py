@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxfuse.emit import Emit
 from fxfuse.guards import bias_is_vector, per_channel, weight_is_matrix
 from fxfuse.match import Chain, Either, Match, Var, op, variables
 from fxfuse.ops.linear_scale_batchnorm1d import linear_scale_batchnorm1d, linear_scale_batchnorm1d_module
 from fxfuse.pattern import Pattern, Words
 from fxfuse.patterns._pieces import as_the_product, call_on_product, product, restore_leading
-from fxfuse.rewrite import Emit
 from fxfuse.view import Call, ModuleRef
 
 start_dim, end_dim, shape, unflattened = variables("start_dim end_dim shape unflattened")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import fx
 
 from fxfuse.cost import collapsed
+from fxfuse.emit import Emit
 from fxfuse.guards import bias_is_vector, last_dim, single_dim, weight_is_matrix
 from fxfuse.match import Chain, Either, Match, op, variables
 from fxfuse.ops.matmul_div_sum_scale import matmul_div_sum_scale
 from fxfuse.pattern import Pattern, Words
 from fxfuse.patterns._pieces import call_on_product, product
-from fxfuse.rewrite import Emit
 
 dim, keepdim = variables("dim keepdim")
 terms = Chain("pre_scales", product, factors="scalar")
