@@ -79,7 +79,9 @@ def optimize(
     if verify and example is not None:
         from fxfuse.verify import verified
 
-        return verified(make, model, example, chosen, freeze)
+        fused, verdict = verified(make, model, example, chosen, freeze)
+        verdict.enter(report(fused))
+        return fused
     return make(model, example, chosen, freeze)
 
 

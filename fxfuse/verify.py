@@ -21,17 +21,19 @@ from fxfuse.pattern import Pattern
 from fxfuse.report import Report, Undone
 from fxfuse.trial import Example, Excess, Seen, compare, run
 
-__all__ = ["verified"]
+__all__ = ["Verdict", "verified"]
 
 #: (model, example, patterns, freeze, choice) -> fused; one of the two in :mod:`fxfuse.api`
 Make = Callable[..., Any]
 
 
-def verified(make: Make, model: Any, example: Example, patterns: tuple[Pattern, ...], freeze: bool) -> Any:
-    """The fused model without the replacements that change more than rounding does on these inputs.
+def verified(
+    make: Make, model: Any, example: Example, patterns: tuple[Pattern, ...], freeze: bool
+) -> tuple[Any, Verdict]:
+    """The fused model without the replacements that change more than rounding does on these inputs, and the verdict.
 
-    Outputs, gradients of inputs and parameters, and buffers are compared, in train and in eval mode. What was undone is
-    in the report's ``undone``, and stays undone for graphs that are traced later, in copies and in pickles.
+    Outputs, gradients of inputs and parameters, and buffers are compared, in train and in eval mode. What was undone
+    stays undone for graphs that are traced later, in copies and in pickles.
 
     Raises:
         ValueError: when the original itself does not run on the inputs in any mode.
@@ -54,19 +56,31 @@ def verified(make: Make, model: Any, example: Example, patterns: tuple[Pattern, 
         refused[key] = Undone(place.pattern, place.where, place.operations, place.nodes, excess.what, excess.error,
                               excess.bound)  # fmt: skip
     fused = make(model, example, patterns, freeze, Choice(frozenset(refused)))
-    from fxfuse.api import report
-
-    written: Report = report(fused)
-    written.undone = list(refused.values())
-    written.near_misses = [n for n in written.near_misses if n.reason != UNDONE]
+    verdict = Verdict(list(refused.values()), notes)
     if excess is None:
         modes = " and ".join(filter(None, trial.names.values()))
-        written.verified = (
+        verdict.sentence = (
             f"Verified on the example inputs{modes and f' in {modes}'}: outputs, gradients and buffers, against the "
             f"original in float64. The largest error is {share:.0%} of what is allowed."
         )
-    written.notes += notes
-    return fused
+    return fused, verdict
+
+
+@dataclass
+class Verdict:
+    """What verification found: what it took back, what it has to remark, and its one sentence where all is well."""
+
+    undone: list[Undone]
+    notes: list[str]
+    sentence: str | None = None
+
+    def enter(self, report: Report) -> None:
+        """Write it into the report of what was verified."""
+        report.undone = self.undone
+        report.near_misses = [n for n in report.near_misses if n.reason != UNDONE]
+        if self.sentence is not None:
+            report.verified = self.sentence
+        report.notes += self.notes
 
 
 @dataclass
