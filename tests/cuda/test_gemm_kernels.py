@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from products import ACTS, randn
 from torch.nn import functional as F
 
 from fxfuse.kernels import gemm, loader
@@ -44,23 +45,6 @@ def kernels(monkeypatch):
     # Every empty tensor is full of NaN: an element that a kernel forgets shows.
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-
-
-def randn(*shape, dtype):
-    return torch.randn(*shape, device="cuda", dtype=dtype)
-
-
-ACTS = [
-    las.Act("relu", 0, 0, 1.0, 0.5),
-    las.Act("gelu", 0, 0, 0.7, 1.0),
-    las.Act("gelu_tanh", 0, 0, 1.0, -2.0),
-    las.Act("silu", 0, 0, 1.5, 1.0),
-    las.Act("sigmoid", 0, 0, 1.0, 3.0),
-    las.Act("tanh", 0, 0, 0.3, 1.0),
-    las.Act("leaky_relu", 0.2, 0, -1.0, 0.5),
-    las.Act("hardtanh", -0.5, 1.0, 1.0, 0.25),
-    las.Act("clamp", -math.inf, 1.0, 1.0, 1.0),
-]
 
 
 def activate(act: las.Act, z: torch.Tensor) -> torch.Tensor:

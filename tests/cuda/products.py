@@ -1,0 +1,49 @@
+"""What the CUDA tests of products share: dtypes, activations, random data, and errors against float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fxfuse.kernels import linear_activation_scale as las
+
+#: dtypes, and float32 with TF32 allowed
+KINDS = ["bfloat16", "float16", "tf32", "float32"]
+ACTS = [
+    las.Act("relu", 0, 0, 1.0, 0.5),
+    las.Act("gelu", 0, 0, 0.7, 1.0),
+    las.Act("gelu_tanh", 0, 0, 1.0, -2.0),
+    las.Act("silu", 0, 0, 1.5, 1.0),
+    las.Act("sigmoid", 0, 0, 1.0, 3.0),
+    las.Act("tanh", 0, 0, 0.3, 1.0),
+    las.Act("leaky_relu", 0.2, 0, -1.0, 0.5),
+    las.Act("hardtanh", -0.5, 1.0, 1.0, 0.25),
+    las.Act("clamp", -math.inf, 1.0, 1.0, 1.0),
+]
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    return torch.float32 if kind == "tf32" else getattr(torch, kind)
+
+
+def randn(*shape, dtype):
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+class Errors:
+    """Norm-wise errors over many draws, so that a small product's luck does not decide."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, what, got, eager, want):
+        assert got.dtype == eager.dtype and got.shape == eager.shape and got.stride() == eager.stride(), what
+        mine, eagers = self.sums.setdefault(what, [0.0, 0.0])
+        self.sums[what] = [
+            mine + float((got.double() - want).square().sum()), eagers + float((eager.double() - want).square().sum()),
+        ]  # fmt: skip
+
+    def check(self):
+        for what, (mine, eagers) in self.sums.items():
+            assert mine**0.5 <= 1.25 * eagers**0.5, f"{what}: {mine**0.5:.3g} against eager's {eagers**0.5:.3g}"
