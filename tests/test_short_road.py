@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfuse.kernels import gemm
+from fxfuse.kernels import gemm, small_rule
 from fxfuse.ops import _short
 from fxfuse.ops._short import Calls
 
@@ -292,7 +292,7 @@ OPS = ["activation", "evaluation", "training"]
 @pytest.mark.parametrize(("size", "exact"), [(2, False), (4, False), (4, True)])
 def test_the_rule_for_small_products(op, size, exact):
     def pays(m, n, k, captured):
-        return gemm.small_pays(m, n, k, size, exact, op, 132, captured)
+        return small_rule.pays(m, n, k, size, exact, op, 132, captured)
 
     for m, n, k in ((1, 64, 64), (16, 256, 256), (32, 512, 512)):
         assert pays(m, n, k, captured=False), (m, n, k)
@@ -307,5 +307,6 @@ def test_the_rule_for_small_products(op, size, exact):
 def test_what_a_product_takes_grows_with_it():
     for all_rows in (False, True):
         for size, exact in ((2, False), (4, False), (4, True)):
-            times = [gemm._small_us(m, m * 8, m * 8, size, exact, all_rows, 132) for m in (1, 8, 32, 64, 128, 256)]
+            rows = (1, 8, 32, 64, 128, 256)
+            times = [small_rule._small_us(m, m * 8, m * 8, size, exact, all_rows, 132) for m in rows]
             assert times == sorted(times)

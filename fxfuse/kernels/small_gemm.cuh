@@ -347,7 +347,7 @@ using Rows256Wide = Tile<256, 32, 8, 1, 1, 128, 4>;
 constexpr int64_t kMostRows = 256;
 
 // The smallest tile of which all run at once: a block takes as long as its own rows take to come, so smaller tiles end
-// sooner, but not where some have to wait. gemm.py repeats this choice to tell how long it takes.
+// sooner, but not where some have to wait. small_rule.py repeats this choice to tell how long it takes.
 template <typename Kind, typename Epilogue>
 cudaError_t launch_any(const Operands& o, const Epilogue& epilogue, int sm_count, cudaStream_t stream) {
   const auto at_once = [&](int rows, int columns) {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxfuse.kernels import gemm
+from fxfuse.kernels import gemm, small_rule
 from fxfuse.kernels.abi import DTYPE_CODE, PTR, pointer
 from fxfuse.kernels.loader import KernelError, library
 
@@ -196,15 +196,15 @@ def why_not(x: Tensor, weight: Tensor, op: str = "activation") -> str | None:
     if a[0] == 0 or n == 0 or k == 0:
         return "nothing to multiply"
     sizes = a[0], n, k, x.element_size(), (exact := _exact(x, a[0], n, k)), op, gemm.processors(x.get_device())
-    if not gemm.small_pays(*sizes, captured=True) and (
-        not gemm.small_pays(*sizes, captured=False) or torch.cuda.is_current_stream_capturing()
+    if not small_rule.pays(*sizes, captured=True) and (
+        not small_rule.pays(*sizes, captured=False) or torch.cuda.is_current_stream_capturing()
     ):
         return "a product this large is faster in the library"
     if exact and gemm.float32_off() and gemm.ieee(x):
         return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
     unit = 16 // x.element_size()
     even = not ((a[1] % unit and a[0] > 1) or (b[1] % unit and n > 1))
-    if not (even and _aligned(x) and _aligned(weight)) and not gemm.small_unaligned_pays(a[0], n, k):
+    if not (even and _aligned(x) and _aligned(weight)) and not small_rule.unaligned_pays(a[0], n, k):
         return "rows that are not 16-byte aligned"
     return None
 
@@ -301,7 +301,7 @@ def _product(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> _Product:
 def _in_graphs(p: _Product, x: Tensor, op: str) -> bool:
     """Whether this kernel is also the way where the host's time does not count."""
     processors = gemm.processors(x.get_device())
-    return gemm.small_pays(p.m, p.n, p.k, x.element_size(), bool(p.ieee), op, processors, captured=True)
+    return small_rule.pays(p.m, p.n, p.k, x.element_size(), bool(p.ieee), op, processors, captured=True)
 
 
 def _exact(x: Tensor, m: int, n: int, k: int) -> bool:
