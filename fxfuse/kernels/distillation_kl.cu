@@ -66,6 +66,8 @@ int run_short(const Call& call, int* partials) {
   if (call.rows_aligned) {
     if (vocab <= kRow) return launch_short<T, LOG_TARGET, 1, true>(call, partials);
     if (vocab <= kRow * 2) return launch_short<T, LOG_TARGET, 2, true>(call, partials);
+    if constexpr (sizeof(T) == 4)
+      if (vocab > kRow * 4) return launch_short<T, LOG_TARGET, 8, true>(call, partials);
     return launch_short<T, LOG_TARGET, 4, true>(call, partials);
   }
   if (vocab <= kRow) return launch_short<T, LOG_TARGET, 1, false>(call, partials);
@@ -272,8 +274,9 @@ int run_stream(const Call& call, int* partials) {
 
 template <typename T, bool LOG_TARGET>
 int run(const Call& call, int road, int* partials) {
-  if (road == kShort || (road == kAuto && call.args.vocab <= kWarpRowVocab<T>)) {
-    if (call.args.vocab > kWarpRowVocab<T>) return int(cudaErrorInvalidValue);
+  const int64_t longest = warp_row_vocab<T>(call.rows_aligned);
+  if (road == kShort || (road == kAuto && call.args.vocab <= longest)) {
+    if (call.args.vocab > longest) return int(cudaErrorInvalidValue);
     return run_short<T, LOG_TARGET>(call, partials);
   }
   int code = int(cudaErrorNotSupported);

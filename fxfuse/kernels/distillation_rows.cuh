@@ -81,8 +81,11 @@ __device__ __forceinline__ void add_lone(RowState& state, float s, float t, Scal
 
 constexpr int kWarpRowThreads = 256;
 
-// The longest row of this road: four packs a lane.
-template <typename T> constexpr int kWarpRowVocab = kWarp * Pack<T>::N * 4;
+// The longest row of this road: four packs a lane, eight of float32 where rows are whole packs.
+template <typename T>
+constexpr int64_t warp_row_vocab(bool aligned) {
+  return int64_t(kWarp) * Pack<T>::N * (aligned && sizeof(T) == 4 ? 8 : 4);
+}
 
 // PACKS a lane. ALIGNED: every row of every tensor starts on 16 bytes and is whole packs.
 template <typename T, bool LOG_TARGET, int PACKS, bool ALIGNED>
