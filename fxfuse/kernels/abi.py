@@ -7,10 +7,12 @@ and a stream, in that order. ``common.cuh`` is the C side of the same convention
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-__all__ = ["DOUBLE", "DTYPE_CODE", "FLOAT", "I64", "INT", "PTR", "any_other_layout", "pointer", "stream"]
+__all__ = ["DOUBLE", "DTYPE_CODE", "FLOAT", "I64", "INT", "PTR", "allocate", "any_other_layout", "pointer", "stream"]
 
 #: dtype -> code of ``enum DType`` in ``common.cuh``. A dtype that is missing has no kernel.
 DTYPE_CODE: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -38,3 +40,14 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
 def stream(device_index: int) -> int:
     """The raw handle of the device's current stream, as torch sees it."""
     return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+def allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:
+    """An uninitialised tensor; by the way of Inductor's own code, at a third of the cost, on the current device."""
+    if _empty_strided is not None and _current_device() == device:
+        return _empty_strided(shape, strides, dtype)
+    return torch.empty(shape, dtype=dtype, device=torch.device("cuda", device))
+
+
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_empty_strided: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxfuse.kernels.abi import DOUBLE, DTYPE_CODE, I64, INT, PTR, any_other_layout, pointer, stream
+from fxfuse.kernels.abi import DOUBLE, DTYPE_CODE, I64, INT, PTR, allocate, any_other_layout, pointer, stream
 from fxfuse.kernels.loader import library
 
-__all__ = ["available", "backward", "column_sums", "forward", "frozen", "sums_size", "why_not"]
+__all__ = ["available", "backward", "column_sums", "forward", "frozen", "launch", "sums_size", "why_not"]
 
 _NAME = "fxfuse_matmul_div_sum_scale_"
 
@@ -134,6 +136,57 @@ def _layout(key: tuple[Any, ...], x: Tensor, weight: Tensor) -> _Layout | None:
     found = _Layout(outer, outer.numel(), ldx, n, ldw, k, sums_size(k), scratch, DTYPE_CODE[x.dtype], x.get_device())
     _layouts[key] = found
     return found
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dtype: torch.dtype | None,
+    keepdim: bool,
+    sums: Tensor | None = None,
+) -> Callable[..., Tensor | None] | None:
+    """``forward``, or with ``sums`` ``frozen``, as ``launch(x, weight, bias)`` -> y [...] or [..., 1] with ``keepdim``.
+
+    Everything is as it was when this was made but for x's address; the weight's memory and the bias' stay alive. None
+    where something would have to be copied. ``sums`` are not kept alive: the launch gives None once they are gone.
+    """
+    address, weights = x.data_ptr(), weight.data_ptr()
+    key = (x.shape, x.stride(), weight.shape, weight.stride(), x.dtype, x.get_device(), address % 16, weights % 16)
+    layout = _layouts.get(key) or _layout(key, x, weight)
+    if layout is None or (bias is not None and bias.stride(0) != 1):
+        return None
+    outer, m, ldx, n, ldw, k, size, scratch_size, code, index = layout
+    shape = (*outer, 1) if keepdim else tuple(outer)
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    room = -(-size // 64) * 64  # what follows the sums is aligned as an allocation is
+    y_dtype, wide, biases = dtype or x.dtype, dtype is torch.float32, pointer(bias)
+    run = _functions().forward
+
+    if sums is not None:
+        kept, v = weakref.ref(sums), sums.data_ptr()
+        beta = None if bias is None else v + 4 * (size - 2)
+
+        def read(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor | None:
+            if kept() is None:
+                return None
+            y = allocate(shape, strides, y_dtype, index)
+            run(x.data_ptr(), ldx, m, None, 0, 0, k, None, v, beta, None, scale, y.data_ptr(), wide, code, index,
+                stream(index))  # fmt: skip
+            return y
+
+        return read
+
+    def whole(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        y = allocate(shape, strides, y_dtype, index)
+        memory = allocate((room + 2 * scratch_size,), (1,), torch.float32, index)  # the sums, then scratch of float64
+        v = memory.data_ptr()
+        run(x.data_ptr(), ldx, m, weights, ldw, n, k, biases, v, None if biases is None else v + 4 * (size - 2),
+            v + 4 * room if scratch_size else None, scale, y.data_ptr(), wide, code, index, stream(index))  # fmt: skip
+        return y
+
+    return whole
 
 
 def frozen(x: Tensor, sums: Tensor, bias: bool, scale: float, dtype: torch.dtype | None = None) -> Tensor:

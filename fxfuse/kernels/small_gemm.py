@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxfuse.kernels import gemm, small_rule
-from fxfuse.kernels.abi import DTYPE_CODE, PTR, pointer
+from fxfuse.kernels.abi import DTYPE_CODE, PTR, allocate, pointer, stream
 from fxfuse.kernels.loader import KernelError, library
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ class Launch:
         self._strides = tuple(math.prod(self._shape[i + 1 :]) for i in range(len(self._shape)))
 
     def __call__(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        out = _allocate(self._shape, self._strides, self._dtype, self._device)
-        code = self._function(self._address, x.data_ptr(), out.data_ptr(), _stream(self._device))
+        out = allocate(self._shape, self._strides, self._dtype, self._device)
+        code = self._function(self._address, x.data_ptr(), out.data_ptr(), stream(self._device))
         if code:
             raise _failed(code)
         return out
@@ -142,11 +142,11 @@ class AfterProduct:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         acc = F.linear(x, weight, bias if self._bias else None)
         out = acc if acc.dtype is self._dtype else torch.empty_like(acc, dtype=self._dtype)
-        rest: tuple[int | None, ...] = (_stream(self._device),)
+        rest: tuple[int | None, ...] = (stream(self._device),)
         if self._scratch is not None:
             scratch = None  # as long as the launch takes
             if self._scratch:
-                scratch = _allocate((self._scratch,), (1,), torch.float32, self._device)
+                scratch = allocate((self._scratch,), (1,), torch.float32, self._device)
             rest = (pointer(scratch), *rest)
         code = self._function(self._address, acc.data_ptr(), out.data_ptr(), *rest)
         if code:
@@ -157,18 +157,6 @@ class AfterProduct:
 def _failed(code: int) -> KernelError:
     found = library()
     return KernelError(f"a kept call: {found.error(code) if found else code}", code)
-
-
-def _allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:
-    """An uninitialised tensor; by the way of Inductor's own code, at a third of the cost, on the current device."""
-    if _empty_strided is not None and _current_device() == device:
-        return _empty_strided(shape, strides, dtype)
-    return torch.empty(shape, dtype=dtype, device=torch.device("cuda", device))
-
-
-_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
-_empty_strided: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 
 def matrix(t: Tensor) -> tuple[int, int] | None:

@@ -34,6 +34,7 @@ from ._blocks import block_rows, blocks
 from ._op import Op
 from ._product import product
 from ._road import HALF, Road, floating, together, wide
+from ._short import Calls
 
 
 def reference(
@@ -287,11 +288,27 @@ def matmul_div_sum_scale(
     Returns [...] (or [..., 1] with keepdim) in the dtype of x. Under CUDA autocast the sum is float32.
     Raises what torch.nn.functional.linear raises for shapes and dtypes that do not fit.
     """
-    out: Tensor = OP(x, weight, bias, scale, dim, keepdim, mean, dtype)
+    if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling() or _wants_gradient(x, weight, bias):
+        out: Tensor = OP(x, weight, bias, scale, dim, keepdim, mean, dtype)
+        return out
+    key, tensors, numbers = (id(weight), x.shape), (x, weight, bias), (scale, dim, keepdim, mean, dtype)
+    launch = CALLS.find(key, tensors, numbers)
+    if launch is not None and (kept := launch(x)) is not None:
+        return kept
+    args = (x, weight, bias, *numbers)
+    out = OP(*args)
+    if OP.inference(args) and road(*args) is KERNEL:
+        factor = scale / weight.size(0) if mean else scale
+        CALLS.keep(key, tensors, numbers, lambda: kernel.launch(x, weight, bias, factor, dtype, keepdim))
     return out
 
 
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+
+
 _kept = Kept()
+CALLS, FROZEN = Calls(), Calls()
 
 
 def frozen(
@@ -309,6 +326,16 @@ def frozen(
     Only calls without a gradient use what is kept; all others are ordinary calls.
     """
     args = (x, weight, bias, scale, dim, keepdim, mean, dtype)
+    short = type(x) is Tensor and x.is_cuda and not torch.compiler.is_compiling()
+    if short and not _wants_gradient(x, weight, bias) and not weight.is_inference() and not (bias is not None and bias.is_inference()):
+        # What is kept is of these very versions of the weights.
+        versions = weight._version, None if bias is None else bias._version
+        key, tensors, numbers = (id(weight), x.shape), (x, weight, bias), (scale, dim, keepdim, mean, dtype, *versions)
+        launch = FROZEN.find(key, tensors, numbers)
+        if launch is not None and (kept := launch(x)) is not None:
+            return kept
+    else:
+        short = False
     if has_torch_function(args):
         out: Tensor = handle_torch_function(frozen, args, *args)
         return out
@@ -319,6 +346,8 @@ def frozen(
     if way is KERNEL:
         sums = _kept.get((weight, bias), way.name, lambda: kernel.column_sums(weight, bias))
         out = kernel.frozen(x, sums, bias is not None, factor, dtype)
+        if short:
+            FROZEN.keep(key, tensors, numbers, lambda: kernel.launch(x, weight, bias, factor, dtype, keepdim, sums))
     else:
         v, beta = _kept.get((weight, bias), way.name, lambda: _both_sums(weight, bias))
         out = _from_sums(x, v, beta, factor, dtype)

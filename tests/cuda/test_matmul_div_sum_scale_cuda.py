@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from fxfuse.kernels import matmul_div_sum_scale as kernel
 from fxfuse.ops.matmul_div_sum_scale import OP, matmul_div_sum_scale, reference
+
+module = sys.modules[OP.call.__module__]
 
 pytestmark = [
     pytest.mark.cuda,
@@ -229,3 +235,80 @@ def test_second_device() -> None:
     there = matmul_div_sum_scale(x.to("cuda:1"), w.to("cuda:1"))
     assert there.device.index == 1 and torch.cuda.current_device() == 0
     assert torch.equal(there.cpu(), matmul_div_sum_scale(x, w).cpu())
+
+
+# --- the short road -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["whole", "frozen"])
+def call(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    op: Callable[..., Tensor] = matmul_div_sum_scale if request.param == "whole" else matmul_div_sum_scale.frozen
+    return op
+
+
+def ordinary(call: Callable[..., Tensor], *args: Any) -> Tensor:
+    """The same call as if it were the first."""
+    module.CALLS.forget()
+    module.FROZEN.forget()
+    out = call(*args)
+    module.CALLS.forget()
+    module.FROZEN.forget()
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("layout", ["whole", "offset", "sliced", "transposed"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 17, 17), (129, 511, 130), (1, 1, 1), (2000, 30, 24)])
+def test_kept_calls_give_the_same_bits(
+    call: Callable[..., Tensor], m: int, n: int, k: int, layout: str, keepdim: bool, dtype: torch.dtype
+) -> None:
+    w, b = random(n, k, dtype=dtype, layout=layout), random(n, dtype=dtype)
+    for bias in (None, b):
+        for step in range(3):
+            x = random(m, k, dtype=dtype)
+            args = (x, w, bias, 0.37, -1, keepdim, False, torch.float32 if step == 2 else None)
+            got = call(*args)
+            want = ordinary(call, *args)
+            assert got.shape == want.shape and got.stride() == want.stride() and got.dtype == want.dtype
+            for _ in range(2):  # kept by the first
+                got = call(*args)
+            assert torch.equal(got, want)
+            assert got.shape == want.shape and got.stride() == want.stride() and got.dtype == want.dtype
+
+
+def test_a_kept_call_sees_what_changed(call: Callable[..., Tensor]) -> None:
+    w, b = random(300, 200), random(300)
+    x = random(50, 200)
+    for _ in range(3):
+        call(x, w, b)
+    w.add_(1)
+    torch.testing.assert_close(call(x, w, b), reference(x, w, b, 1.0, -1, False, False, None), rtol=1e-4, atol=1e-2)
+    b.zero_()
+    torch.testing.assert_close(call(x, w, b), reference(x, w, b, 1.0, -1, False, False, None), rtol=1e-4, atol=1e-2)
+    other = random(70, 200)
+    torch.testing.assert_close(
+        call(other, w, b), reference(other, w, b, 1.0, -1, False, False, None), rtol=1e-4, atol=1e-2
+    )
+    with torch.autocast("cuda", torch.bfloat16):
+        assert call(x, w, b).dtype == torch.float32
+    w.requires_grad_()
+    assert call(x, w, b).requires_grad
+    with torch.no_grad():
+        assert not call(x, w, b).requires_grad
+
+
+def test_kept_calls_on_a_side_stream_and_in_a_graph(call: Callable[..., Tensor]) -> None:
+    w, b, x = random(513, 260), random(513), random(64, 260)
+    want = call(x, w, b).clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_side = call(x, w, b)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(x, w, b)
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(on_side, want) and torch.equal(captured, want)

@@ -32,8 +32,8 @@ def poisoned(request, monkeypatch):
     assert loader.library() is not None, loader.why_unavailable()
     kind = getattr(request.node, "callspec", None) and request.node.callspec.params.get("kind")
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", kind == "tf32")
-    allocate = small_gemm._allocate
-    monkeypatch.setattr(small_gemm, "_allocate", lambda *a: allocate(*a).fill_(math.nan))
+    allocate = small_gemm.allocate
+    monkeypatch.setattr(small_gemm, "allocate", lambda *a: allocate(*a).fill_(math.nan))
 
 
 def draws(elements: int) -> int:
