@@ -326,16 +326,20 @@ def frozen(
     Only calls without a gradient use what is kept; all others are ordinary calls.
     """
     args = (x, weight, bias, scale, dim, keepdim, mean, dtype)
-    short = type(x) is Tensor and x.is_cuda and not torch.compiler.is_compiling()
-    if short and not _wants_gradient(x, weight, bias) and not weight.is_inference() and not (bias is not None and bias.is_inference()):
+    short = (
+        type(x) is Tensor
+        and x.is_cuda
+        and not torch.compiler.is_compiling()
+        and not _wants_gradient(x, weight, bias)
+        and not any(t is not None and t.is_inference() for t in (weight, bias))
+    )
+    if short:
         # What is kept is of these very versions of the weights.
         versions = weight._version, None if bias is None else bias._version
         key, tensors, numbers = (id(weight), x.shape), (x, weight, bias), (scale, dim, keepdim, mean, dtype, *versions)
         launch = FROZEN.find(key, tensors, numbers)
         if launch is not None and (kept := launch(x)) is not None:
             return kept
-    else:
-        short = False
     if has_torch_function(args):
         out: Tensor = handle_torch_function(frozen, args, *args)
         return out
