@@ -4,7 +4,8 @@ Calls the C functions directly, so that what is measured is the kernels and not 
 
     python benchmarks/device_kl.py [--skip-checks] [--skip-times] [--compare] [--out FILE]
 
-Checks compare with float64 and with eager in the same dtype: norm-wise error at most 1.25 times eager's. Times are
+Checks compare with float64 and with eager in the same dtype: norm-wise error at most 1.25 times eager's, over
+sixteen draws where one holds few numbers. Times are
 medians of CUDA events; the read ceiling is measured in the same run.
 """
 
@@ -39,8 +40,7 @@ def main() -> None:
         start = time.perf_counter()
         checks = Checks()
         check_kl(checks)
-        checks.report("kl_div")
-        failed |= bool(checks.failures)
+        failed |= checks.report("kl_div")
         checks = Checks()
         check_distillation(
             checks,
@@ -49,8 +49,7 @@ def main() -> None:
             kinds=("plain", "offset", "temperatures", "cold", "large", "masked", "special"),
         )
         check_distillation(checks, [(300, 4096), (5, 128256), (3, 200003), (2, 1_000_000)], roads=(0, 3))
-        checks.report("distillation_kl")
-        failed |= bool(checks.failures)
+        failed |= checks.report("distillation_kl")
         streams_and_graphs()
         if not os.environ.get("FXFUSE_PORTABLE"):
             huge()

@@ -246,7 +246,7 @@ int run_ring(const Call& call, int* partials) {
   return int(cudaErrorNotSupported);
 }
 
-template <typename T, bool LOG_TARGET>
+template <typename T, bool LOG_TARGET, bool ALIGNED>
 int run_stream(const Call& call, int* partials) {
   const DistillArgs& a = call.args;
   const DeviceProps& props = call.props;
@@ -258,15 +258,14 @@ int run_stream(const Call& call, int* partials) {
   const int64_t worth = ceil_div<int64_t>(deal.units, 8);
   const int64_t most = int64_t(props.sm_count) * 4;
   deal.blocks = int(worth < most ? worth : most);
-  stream_sums_kernel<T, LOG_TARGET><<<deal.blocks, kStreamThreads, 0, call.stream>>>(a, deal, call.together);
+  stream_sums_kernel<T, LOG_TARGET, ALIGNED><<<deal.blocks, kStreamThreads, 0, call.stream>>>(a, deal);
   FXFUSE_CHECK_LAUNCH();
   const int64_t row_blocks = ceil_div<int64_t>(a.rows, kStreamWarps);
   const int blocks = int(row_blocks < props.sm_count * 4 ? row_blocks : props.sm_count * 4);
-  stream_rows_kernel<T, LOG_TARGET><<<blocks, kStreamThreads, 0, call.stream>>>(a, deal);
-  FXFUSE_CHECK_LAUNCH();
+  FXFUSE_CHECK(launch(props, true, stream_rows_kernel<T, LOG_TARGET>, blocks, kStreamThreads, 0, call.stream, a, deal));
   *partials = blocks;
   if (call.grads) {
-    stream_grads_kernel<T, LOG_TARGET><<<deal.blocks, kStreamThreads, 0, call.stream>>>(a, deal, call.together);
+    stream_grads_kernel<T, LOG_TARGET, ALIGNED><<<deal.blocks, kStreamThreads, 0, call.stream>>>(a, deal);
     FXFUSE_CHECK_LAUNCH();
   }
   return 0;
@@ -295,7 +294,8 @@ int run(const Call& call, int road, int* partials) {
   }
   if (code != int(cudaErrorNotSupported)) return code;
   if (road != kAuto && road != kStream) return int(cudaErrorInvalidValue);
-  return run_stream<T, LOG_TARGET>(call, partials);
+  return call.together ? run_stream<T, LOG_TARGET, true>(call, partials)
+                       : run_stream<T, LOG_TARGET, false>(call, partials);
 }
 
 Scale scale_of(double temperature) { return {float(1.4426950408889634074 / temperature)}; }
@@ -334,7 +334,7 @@ FXFUSE_API int fxfuse_distillation_kl(const void* student, const void* teacher, 
   int partials = 0, code = 0;
   FXFUSE_DISPATCH(dtype, scalar_t, {
     code = log_target ? run<scalar_t, true>(call, road, &partials) : run<scalar_t, false>(call, road, &partials);
-    if (code == 0 && loss != nullptr) FXFUSE_CHECK(finish<scalar_t>(partial, partials, factor, scale, loss, s));
+    if (code == 0 && loss != nullptr) FXFUSE_CHECK(finish<scalar_t>(*props, partial, partials, factor, scale, loss, s));
   });
   return code;
 }

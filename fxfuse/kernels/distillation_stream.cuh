@@ -4,6 +4,7 @@
 #pragma once
 
 #include "distillation_rows.cuh"
+#include "pdl.cuh"
 
 namespace fxfuse {
 
@@ -79,8 +80,10 @@ __device__ __forceinline__ void for_each_share(const Deal& deal, F row_part) {
 }
 
 // One state for every (row, block) that meet, at pieces[row + block]: no two pairs have the same sum.
-template <typename T, bool LOG_TARGET>
-__global__ void __launch_bounds__(kStreamThreads, 4) stream_sums_kernel(DistillArgs a, Deal deal, bool aligned) {
+// ALIGNED is a parameter of the template, since as a number the loads of single elements that it rules out would still
+// pass through the loop, a third of its instructions.
+template <typename T, bool LOG_TARGET, bool ALIGNED>
+__global__ void __launch_bounds__(kStreamThreads, 4) stream_sums_kernel(DistillArgs a, Deal deal) {
   constexpr int N = Pack<T>::N;
   __shared__ RowState warp_states[2][kStreamWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(kStreamThreads, 4) stream_sums_kernel(DistillA
   for_each_share(deal, [&](int64_t row, int unit, int end) {
     const T* const s = static_cast<const T*>(a.student) + row * a.vocab;
     const T* const t = static_cast<const T*>(a.teacher) + row * a.vocab;
-    const Share share = Share::of(s, a.vocab, aligned, unit, end, deal.per_row);
+    const Share share = Share::of(s, a.vocab, ALIGNED, unit, end, deal.per_row);
     const T* const ps = s + share.shape.head;
     const T* const pt = t + share.shape.head;
     RowState state;
@@ -98,13 +101,13 @@ __global__ void __launch_bounds__(kStreamThreads, 4) stream_sums_kernel(DistillA
       Pack<T> vs[kStreamUnroll], vt[kStreamUnroll];
 #pragma unroll
       for (int k = 0; k < kStreamUnroll; ++k) {
-        vs[k] = load_pack(ps + (i + k * kStreamThreads) * N, aligned);
-        vt[k] = load_pack(pt + (i + k * kStreamThreads) * N, aligned);
+        vs[k] = load_pack(ps + (i + k * kStreamThreads) * N, ALIGNED);
+        vt[k] = load_pack(pt + (i + k * kStreamThreads) * N, ALIGNED);
       }
       add_packs<T, LOG_TARGET, kStreamUnroll>(state, vs, vt, a.scales, teacher);
     }
     for (; i < share.last; i += kStreamThreads) {
-      const Pack<T> vs[1] = {load_pack(ps + i * N, aligned)}, vt[1] = {load_pack(pt + i * N, aligned)};
+      const Pack<T> vs[1] = {load_pack(ps + i * N, ALIGNED)}, vt[1] = {load_pack(pt + i * N, ALIGNED)};
       add_packs<T, LOG_TARGET, 1>(state, vs, vt, a.scales, teacher);
     }
     const int64_t edge = share.edges && warp == 0 ? share.shape.edge(lane, a.vocab) : -1;
@@ -131,6 +134,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_rows_kernel(DistillArgs
   const Incoming in = grads ? incoming_gradient<T>(a) : Incoming{};
   const bool teacher = a.grad_teacher != nullptr;
   LossQueue losses;
+  pdl_wait();
   for (int64_t base = int64_t(blockIdx.x) * kStreamWarps; base < a.rows; base += int64_t(gridDim.x) * kStreamWarps) {
     const int64_t row = base + warp;
     bool plain = true;
@@ -166,8 +170,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_rows_kernel(DistillArgs
 }
 
 // The second read: gradients from the rows' states.
-template <typename T, bool LOG_TARGET>
-__global__ void __launch_bounds__(kStreamThreads, 4) stream_grads_kernel(DistillArgs a, Deal deal, bool aligned) {
+template <typename T, bool LOG_TARGET, bool ALIGNED>
+__global__ void __launch_bounds__(kStreamThreads, 4) stream_grads_kernel(DistillArgs a, Deal deal) {
   constexpr int N = Pack<T>::N;
   constexpr int kUnroll = 2;
   const Incoming in = incoming_gradient<T>(a);
@@ -179,13 +183,13 @@ __global__ void __launch_bounds__(kStreamThreads, 4) stream_grads_kernel(Distill
     const int64_t row_at = row * a.vocab;
     const T* const s = static_cast<const T*>(a.student) + row_at;
     const T* const t = static_cast<const T*>(a.teacher) + row_at;
-    const Share share = Share::of(s, a.vocab, aligned, unit, end, deal.per_row);
+    const Share share = Share::of(s, a.vocab, ALIGNED, unit, end, deal.per_row);
     const int64_t at = row_at + share.shape.head;
     RowGrads r;
     r.prepare<T, LOG_TARGET>(state, a.scales, in, grad_teacher != nullptr);
     const auto write = [&](const Pack<T>& vs, const Pack<T>& vt, int64_t i) {
       r.write(vs, vt, grad_student != nullptr ? grad_student + at + i * N : nullptr,
-              grad_teacher != nullptr ? grad_teacher + at + i * N : nullptr, aligned);
+              grad_teacher != nullptr ? grad_teacher + at + i * N : nullptr, ALIGNED);
     };
     const T* const from_s = s + share.shape.head;
     const T* const from_t = t + share.shape.head;
@@ -194,14 +198,14 @@ __global__ void __launch_bounds__(kStreamThreads, 4) stream_grads_kernel(Distill
       Pack<T> vs[kUnroll], vt[kUnroll];
 #pragma unroll
       for (int k = 0; k < kUnroll; ++k) {
-        vs[k] = load_pack(from_s + (i + k * kStreamThreads) * N, aligned);
-        vt[k] = load_pack(from_t + (i + k * kStreamThreads) * N, aligned);
+        vs[k] = load_pack(from_s + (i + k * kStreamThreads) * N, ALIGNED);
+        vt[k] = load_pack(from_t + (i + k * kStreamThreads) * N, ALIGNED);
       }
 #pragma unroll
       for (int k = 0; k < kUnroll; ++k) write(vs[k], vt[k], i + k * kStreamThreads);
     }
     for (; i < share.last; i += kStreamThreads)
-      write(load_pack(from_s + i * N, aligned), load_pack(from_t + i * N, aligned), i);
+      write(load_pack(from_s + i * N, ALIGNED), load_pack(from_t + i * N, ALIGNED), i);
     const int64_t edge = share.edges && threadIdx.x < kWarp ? share.shape.edge(threadIdx.x, a.vocab) : -1;
     if (edge >= 0)
       r.write_one(ld_one(s + edge), ld_one(t + edge), grad_student != nullptr ? grad_student + row_at + edge : nullptr,

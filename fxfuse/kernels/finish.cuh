@@ -2,6 +2,7 @@
 #pragma once
 
 #include "numerics.cuh"
+#include "pdl.cuh"
 
 namespace fxfuse {
 
@@ -14,6 +15,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const double* pa
                                                                 double scale, T* out) {
   __shared__ double shared[kFinishThreads / kWarp];
   double sum = 0;
+  pdl_wait();
   for (int i = threadIdx.x; i < count; i += kFinishThreads) sum += partial[i];
   sum = block_sum<kFinishThreads>(sum, shared);
   if (threadIdx.x == 0) {
@@ -24,9 +26,10 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const double* pa
 }
 
 template <typename T>
-cudaError_t finish(const double* partial, int count, double factor, double scale, void* out, cudaStream_t stream) {
-  finish_kernel<T><<<1, kFinishThreads, 0, stream>>>(partial, count, factor, scale, static_cast<T*>(out));
-  return cudaGetLastError();
+cudaError_t finish(const DeviceProps& props, const double* partial, int count, double factor, double scale, void* out,
+                   cudaStream_t stream) {
+  return launch(props, true, finish_kernel<T>, 1, kFinishThreads, 0, stream, partial, count, factor, scale,
+                static_cast<T*>(out));
 }
 
 }  // namespace fxfuse

@@ -166,7 +166,7 @@ int launch(const KlDivArgs& a, double factor, const DeviceProps& props, cudaStre
   kl_div_kernel<T, LOG_TARGET, LOG_INPUT, MODE><<<blocks, kThreads, 0, stream>>>(a);
   FXFUSE_CHECK_LAUNCH();
   if ((MODE == Mode::kReduce || MODE == Mode::kReduceGrads) && blocks > 1) {
-    FXFUSE_CHECK(finish<T>(a.partial, blocks, factor, 1.0, a.out, stream));
+    FXFUSE_CHECK(finish<T>(props, a.partial, blocks, factor, 1.0, a.out, stream));
   }
   return 0;
 }
@@ -179,7 +179,7 @@ int launch_ring(const KlDivArgs& a, double factor, const DeviceProps& props, cud
   const int most = props.sm_count * kKlRingBlocks, blocks = most < kMaxPartials ? most : kMaxPartials;
   kl_div_ring_kernel<T><<<blocks, kKlRingThreads, 0, stream>>>(a);
   FXFUSE_CHECK_LAUNCH();
-  FXFUSE_CHECK(finish<T>(a.partial, blocks, factor, 1.0, a.out, stream));
+  FXFUSE_CHECK(finish<T>(props, a.partial, blocks, factor, 1.0, a.out, stream));
   return 0;
 }
 

@@ -1,14 +1,11 @@
-// A row of the distillation loss exactly as eager does it: every intermediate stored in T, inf and NaN where it has
-// them.
+// A row of the distillation loss by eager's own steps: an intermediate that T stores as 0 or infinite is that, which puts
+// inf and NaN where eager has them; the rounding of storing the others is spared.
 // For the few rows that the online pass cannot vouch for (-inf or NaN logits, float16 overflow). Slow and plain.
 #pragma once
 
 #include "kl_div_point.cuh"
 
 namespace fxfuse {
-
-template <typename T>
-__device__ __forceinline__ float stored(float x) { return to_float(from_float<T>(x)); }
 
 // Largest over a block, NaN where there is one.
 template <int THREADS>
@@ -27,44 +24,44 @@ struct ExactRow {
   float max_s, max_t, sum_s, sum_t;
 
   template <typename T>
-  __device__ float scaled_s(float s) const { return stored<T>(s * inverse_s); }
+  __device__ float scaled_s(float s) const { return range_as<T>(s * inverse_s); }
   template <typename T>
-  __device__ float scaled_t(float t) const { return stored<T>(t * inverse_t); }
+  __device__ float scaled_t(float t) const { return range_as<T>(t * inverse_t); }
   template <typename T>
-  __device__ float log_p(float s) const { return stored<T>(scaled_s<T>(s) - max_s - logf(sum_s)); }
+  __device__ float log_p(float s) const { return range_as<T>(scaled_s<T>(s) - max_s - logf(sum_s)); }
   template <typename T, bool LOG_TARGET>
   __device__ float target(float t) const {
     const float x = scaled_t<T>(t) - max_t;
-    return stored<T>(LOG_TARGET ? x - logf(sum_t) : expf(x) / sum_t);
+    return range_as<T>(LOG_TARGET ? x - logf(sum_t) : expf(x) / sum_t);
   }
 };
 
-// One element of kl_div with every step stored, as it is where a tensor holds each.
+// One element of kl_div with every step in T's range, as it is where a tensor holds each.
 template <typename T, bool LOG_TARGET>
-__device__ __forceinline__ Point stored_point(float log_p, float q, float g) {
+__device__ __forceinline__ Point ranged_point(float log_p, float q, float g) {
   Point r;
   if constexpr (LOG_TARGET) {
-    const float e = stored<T>(expf(q)), d = stored<T>(q - log_p), ge = stored<T>(__fmul_rn(g, e));
-    r.loss = stored<T>(__fmul_rn(e, d));
+    const float e = range_as<T>(expf(q)), d = range_as<T>(q - log_p), ge = range_as<T>(__fmul_rn(g, e));
+    r.loss = range_as<T>(__fmul_rn(e, d));
     r.grad_input = -ge;
-    r.grad_target = stored<T>(stored<T>(__fmul_rn(stored<T>(__fmul_rn(g, d)), e)) + ge);
+    r.grad_target = range_as<T>(range_as<T>(__fmul_rn(range_as<T>(__fmul_rn(g, d)), e)) + ge);
   } else {
     r = point<T, false, false>(log_p, q, g);
-    r.loss = stored<T>(r.loss);
-    r.grad_input = stored<T>(r.grad_input);
-    r.grad_target = stored<T>(r.grad_target);
+    r.loss = range_as<T>(r.loss);
+    r.grad_input = range_as<T>(r.grad_input);
+    r.grad_target = range_as<T>(r.grad_target);
   }
   return r;
 }
 
 // By a whole block of THREADS. Returns the row's loss to every thread; writes the gradients that are not null.
+// g is in T's range.
 template <typename T, bool LOG_TARGET, int THREADS>
 __device__ __noinline__ double exact_row(const T* s, const T* t, int64_t n, float temperature_s, float temperature_t,
                                          float g, T* grad_s, T* grad_t) {
   __shared__ float shared_max[THREADS / kWarp];
   __shared__ double shared[THREADS / kWarp];
   ExactRow row{1.f / temperature_s, 1.f / temperature_t, -kInf, -kInf, 0, 0};
-  g = stored<T>(g);
   for (int64_t i = threadIdx.x; i < n; i += THREADS) {
     row.max_s = Max{}(row.max_s, row.scaled_s<T>(ld_one(s + i)));
     row.max_t = Max{}(row.max_t, row.scaled_t<T>(ld_one(t + i)));
@@ -82,7 +79,7 @@ __device__ __noinline__ double exact_row(const T* s, const T* t, int64_t n, floa
   double loss = 0, flow_s = 0, flow_t = 0;  // sums that the (log-)softmax derivatives subtract
   for (int64_t i = threadIdx.x; i < n; i += THREADS) {
     const float q = row.target<T, LOG_TARGET>(ld_one(t + i));
-    const Point r = stored_point<T, LOG_TARGET>(row.log_p<T>(ld_one(s + i)), q, g);
+    const Point r = ranged_point<T, LOG_TARGET>(row.log_p<T>(ld_one(s + i)), q, g);
     loss += double(r.loss);
     flow_s += double(r.grad_input);
     flow_t += double(LOG_TARGET ? r.grad_target : r.grad_target * q);
@@ -93,11 +90,11 @@ __device__ __noinline__ double exact_row(const T* s, const T* t, int64_t n, floa
   const float total_t = float(block_sum<THREADS>(flow_t, shared));
   for (int64_t i = threadIdx.x; i < n; i += THREADS) {
     const float log_p = row.log_p<T>(ld_one(s + i)), q = row.target<T, LOG_TARGET>(ld_one(t + i));
-    const Point r = stored_point<T, LOG_TARGET>(log_p, q, g);
-    if (grad_s != nullptr) st_one(grad_s + i, stored<T>(r.grad_input - expf(log_p) * total_s) * row.inverse_s);
+    const Point r = ranged_point<T, LOG_TARGET>(log_p, q, g);
+    if (grad_s != nullptr) st_one(grad_s + i, range_as<T>(r.grad_input - expf(log_p) * total_s) * row.inverse_s);
     if (grad_t != nullptr) {
       const float flow = LOG_TARGET ? r.grad_target - expf(q) * total_t : q * (r.grad_target - total_t);
-      st_one(grad_t + i, stored<T>(flow) * row.inverse_t);
+      st_one(grad_t + i, range_as<T>(flow) * row.inverse_t);
     }
   }
   return loss;

@@ -336,9 +336,10 @@ def test_autocast_gives_float32(loss: Callable[..., Tensor]) -> None:
         assert loss(s, t).dtype == torch.float32
 
 
-def test_under_torch_compile(loss: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_under_torch_compile(loss: Callable[..., Tensor], backend: str) -> None:
     pair = logits(16, 3001)
-    compiled = torch.compile(lambda s, t: loss(s * 1.5, t) * 2, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda s, t: loss(s * 1.5, t) * 2, backend=backend, fullgraph=True)
     value, peer = compiled(*pair), loss(pair[0] * 1.5, pair[1]) * 2
     torch.testing.assert_close(value, peer)
     for a, b in zip(torch.autograd.grad(value.sum(), pair), torch.autograd.grad(peer.sum(), pair), strict=True):

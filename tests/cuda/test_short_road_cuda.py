@@ -273,6 +273,7 @@ def test_captured_in_a_graph_and_on_a_side_stream(kind, training, short):
     eager.train(training), fused.train(training)
     x = randn(64, 128, dtype=kind)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which has still to write the models' copies
     with torch.no_grad():
         with torch.cuda.stream(side):
             for _ in range(3):
