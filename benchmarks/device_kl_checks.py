@@ -101,7 +101,7 @@ def check_kl(checks: Checks) -> None:
 
 def draws(shape: tuple[int, int], kind: str) -> int:
     """How many draws say enough: a loss is one number, and in cold rows so are the gradients."""
-    return 16 if shape[0] * shape[1] < 50_000 or kind == "cold" else 4
+    return 16 if shape[0] * shape[1] < 50_000 or kind in ("cold", "temperatures") else 4
 
 
 def check_distillation(checks: Checks, shapes, roads=(0,), kinds=("plain",)) -> None:

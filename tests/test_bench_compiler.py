@@ -91,6 +91,22 @@ def test_yardsticks_compute_what_they_say(name, workloads):
     assert compared == workloads
 
 
+def test_autograd_alone_is_a_step_without_its_work():
+    workload, shape = WORKLOADS["matmul_div_sum_scale"], (8, 6, 5)
+    model = workload.build(shape)
+    callee = rivals.RIVALS["autograd"].prepare(model, workload)
+    (x,) = workload.inputs(shape, torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    want = model(x).detach()
+    for _ in range(2):
+        out = callee(x)
+        torch.testing.assert_close(out, want)
+        gradients = torch.autograd.grad(out, [x, model.weight], torch.ones_like(out))
+        assert [g.shape for g in gradients] == [x.shape, model.weight.shape] and not any(g.any() for g in gradients)
+        with torch.no_grad():
+            model.weight.zero_()  # the results are handed on, not computed again
+
+
 class Graph:
     """Stands in for a captured CUDA graph: replays by calling."""
 

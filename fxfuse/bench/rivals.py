@@ -5,8 +5,9 @@ Adding one is a function here decorated with `@rival`; `fxfuse bench --vs` knows
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,46 @@ def _two_step(model: nn.Module, workload: Workload) -> Callee:
     if not isinstance(model, MatmulDivSumScale):
         raise Unavailable("n/a", "nothing collapses")
     return TwoStep(model.weight)
+
+
+class Handed(torch.autograd.Function):
+    """Hands on a result that is there already, and in the backward gradients that are."""
+
+    @staticmethod
+    def forward(ctx: Any, results: tuple[Tensor, Sequence[Tensor]], *tensors: Tensor) -> Tensor:
+        out, ctx.gradients = results
+        ctx.save_for_backward(*tensors)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        assert all(t is not None for t in ctx.saved_tensors)
+        return None, *ctx.gradients
+
+
+class AutogradAlone(nn.Module):
+    """A model's results without its work: one node of autograd written in Python, between the same leaves."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.results: tuple[Tensor, Sequence[Tensor]] | None = None
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if inputs[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise Unavailable("n/a", "nothing runs on the GPU")
+        tensors = (*inputs, *self.model.parameters())
+        if self.results is None:
+            with torch.no_grad():
+                self.results = self.model(*inputs), [torch.zeros_like(t) for t in tensors]
+        out: Tensor = Handed.apply(self.results, *tensors)
+        return out
+
+
+@rival("autograd", "PyTorch's autograd alone", yardstick=True)
+def _autograd(model: nn.Module, workload: Workload) -> Callee:
+    """What a call costs the host before any work: where the GPU takes less, this is what is measured."""
+    return AutogradAlone(model)
 
 
 @rival("frozen", "fxfuse, freeze=True")

@@ -57,17 +57,23 @@ struct BackwardState {
   ColumnOutput d_gamma, d_beta, d_bias, d_s, d_scale;
   int64_t rows, columns;
 
+  // What a column's sums are combined with; loaded early where latency counts.
+  struct Known {
+    float s, divisor, gamma, rstd, rest;
+  };
+  __device__ __forceinline__ Known known(int64_t c) const {
+    return {linear.s(c), linear.divisor.at(c, 1.f), norm.gamma.at(c, 1.f), saved[columns + c], saved[2 * columns + c]};
+  }
   // Writes the parameters' gradients; d acc = dy * x + y - (acc - mean) * z of the three numbers returned.
-  __device__ __forceinline__ float3 finish_column(int64_t c, float sum, float product) const {
-    const float s = linear.s(c), rstd = saved[columns + c], gamma = norm.gamma.at(c, 1.f), inverse = 1.f / float(rows);
-    const float rest = saved[2 * columns + c];
+  __device__ __forceinline__ float3 finish_column(int64_t c, const Known& k, float sum, float product) const {
+    const float s = k.s, rstd = k.rstd, gamma = k.gamma, rest = k.rest, inverse = 1.f / float(rows);
     product = fmaf(-rest, sum, product);
     const float by_s = gamma * norm.eps * rstd * rstd * rstd * product;
     d_gamma.set(c, s * rstd * product);
     d_beta.set(c, sum);
     d_bias.set(c, 0.f);
     d_s.set(c, by_s);
-    d_scale.set(c, by_s * linear.multiplier / linear.divisor.at(c, 1.f));
+    d_scale.set(c, by_s * linear.multiplier / k.divisor);
     const float slope = s * gamma * rstd, tilt = s * rstd, by_distance = slope * tilt * tilt * product * inverse;
     return {slope, fmaf(rest, by_distance, -slope * sum * inverse), by_distance};
   }
@@ -98,7 +104,7 @@ finish_backward_kernel(const float2* partials, BackwardState state, float* maps,
     }
   }
   if (group != 0 || column >= columns) return;
-  const float3 map = state.finish_column(column, shared[0][lane].x, shared[0][lane].y);
+  const float3 map = state.finish_column(column, state.known(column), shared[0][lane].x, shared[0][lane].y);
   maps[column] = map.x;
   maps[columns + column] = map.y;
   maps[2 * columns + column] = map.z;

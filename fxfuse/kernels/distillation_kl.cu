@@ -258,7 +258,9 @@ int run_stream(const Call& call, int* partials) {
   const int64_t worth = ceil_div<int64_t>(deal.units, 8);
   const int64_t most = int64_t(props.sm_count) * 4;
   deal.blocks = int(worth < most ? worth : most);
-  stream_sums_kernel<T, LOG_TARGET, ALIGNED><<<deal.blocks, kStreamThreads, 0, call.stream>>>(a, deal);
+  const auto sums = a.grad_teacher != nullptr ? stream_sums_kernel<T, LOG_TARGET, ALIGNED, true>
+                                              : stream_sums_kernel<T, LOG_TARGET, ALIGNED, false>;
+  sums<<<deal.blocks, kStreamThreads, 0, call.stream>>>(a, deal);
   FXFUSE_CHECK_LAUNCH();
   const int64_t row_blocks = ceil_div<int64_t>(a.rows, kStreamWarps);
   const int blocks = int(row_blocks < props.sm_count * 4 ? row_blocks : props.sm_count * 4);

@@ -140,11 +140,14 @@ __global__ void __launch_bounds__(THREADS, 768 / THREADS) resident_kernel(Distil
           state.add_and_keep<T, LOG_TARGET>(vs, vt, a.scales);
           s[i] = vs;
           t[i] = vt;
+        } else if (teacher_grads) {
+          state.add<T, LOG_TARGET, true>(vs, vt, a.scales);
         } else {
           state.add<T, LOG_TARGET>(vs, vt, a.scales);
         }
       }
-      if (edge >= 0) add_lone<T, LOG_TARGET>(state, edge_s, edge_t, a.scales);
+      if (edge >= 0 && teacher_grads) add_lone<T, LOG_TARGET, true>(state, edge_s, edge_t, a.scales);
+      else if (edge >= 0) add_lone<T, LOG_TARGET, false>(state, edge_s, edge_t, a.scales);
       state.join_lanes<T>(a.scales, teacher_grads);
 
       // Warps to block, blocks to cluster. Two sets of slots: a block can be one row ahead, never two.
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(THREADS, 768 / THREADS) resident_kernel(Distil
         }
       }
 
-      if (!state.plain<T>(a.scales, in.g, teacher_grads)) {
+      if (!state.plain<T>(a.scales, in.g)) {
         if (rank == 0) {
           const double loss = exact_row_of<T, LOG_TARGET, THREADS>(a, row, in.g);
           if (threadIdx.x == 0) losses.sum += loss;

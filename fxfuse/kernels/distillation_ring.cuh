@@ -195,9 +195,9 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
     for (int p = 0; p < CHUNKS * PACKS; ++p) {
       if (!counts(p)) continue;
       if constexpr (KEEP) state.add_and_keep<T, LOG_TARGET>(s[p], t[p], a.scales);
-      else state.add<T, LOG_TARGET>(s[p], t[p], a.scales);
+      else state.add<T, LOG_TARGET, true>(s[p], t[p], a.scales);
     }
-    if (edge >= 0) add_lone<T, LOG_TARGET>(state, edge_s, edge_t, a.scales);
+    if (edge >= 0) add_lone<T, LOG_TARGET, !KEEP>(state, edge_s, edge_t, a.scales);
     const float kept_mt = state.mt, kept_ms = state.ms;
     if constexpr (KEEP) {  // in float, as the errors of so many warps average out; under one maximum already
       state.zt = warp_sum(state.zt);
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
     const RowState whole = joined(std::bool_constant<!KEEP>{});
 
     // The rows that the sums cannot vouch for are noted, a share of them by each block, and done at the end.
-    const bool plain = whole.plain<T>(a.scales, in.g, teacher_grads);
+    const bool plain = whole.plain<T>(a.scales, in.g);
     if (threadIdx.x == 0 && round % cluster == rank) {
       a.row_states[row].mt = plain ? 0.f : 1.f;
       if (!plain) unusual = 1;

@@ -5,6 +5,8 @@
 #include "softmax_pair.cuh"
 #include "softmax_pair_exact.cuh"
 
+#include <type_traits>
+
 namespace fxfuse {
 
 struct DistillArgs {
@@ -67,12 +69,13 @@ __device__ __forceinline__ double exact_row_of(const DistillArgs& a, int64_t row
 }
 
 // Takes a lone pair of logits into a state whose maxima may not cover it yet.
-template <typename T, bool LOG_TARGET>
+template <typename T, bool LOG_TARGET, bool SPLIT>
 __device__ __forceinline__ void add_lone(RowState& state, float s, float t, Scales c) {
-  state.move_maxima<T>(fmaxf(state.mt, t), fmaxf(state.ms, s), c);
+  const float max_t = fmaxf(state.mt, t), max_s = fmaxf(state.ms, s);
+  if (max_t != state.mt || max_s != state.ms) state.move_maxima<T, SPLIT>(max_t, max_s, c);
   state.lt = fminf(state.lt, t);
   state.ls = fminf(state.ls, s);
-  state.add<T, LOG_TARGET>(s, t, c);
+  state.add<T, LOG_TARGET, SPLIT>(s, t, c);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -142,16 +145,20 @@ __global__ void __launch_bounds__(kWarpRowThreads) warp_rows_kernel(DistillArgs 
       state.ms = fmaxf(kLowest, warp_reduce(max_s, RowState::MaxNumber{}));
       state.lt = min_t;
       state.ls = min_s;
+      const auto add_all = [&](auto split) {
 #pragma unroll
-      for (int k = 0; k < PACKS; ++k)
+        for (int k = 0; k < PACKS; ++k)
 #pragma unroll
-        for (int i = 0; i < N; ++i)
-          if (index(k, i) < vocab) {
-            float sv = ps[k].get(i), tv = pt[k].get(i);
-            state.add<T, LOG_TARGET>(sv, tv, a.scales);
-          }
+          for (int i = 0; i < N; ++i)
+            if (index(k, i) < vocab) {
+              float sv = ps[k].get(i), tv = pt[k].get(i);
+              state.add<T, LOG_TARGET, decltype(split)::value>(sv, tv, a.scales);
+            }
+      };
+      if (teacher) add_all(std::true_type{});
+      else add_all(std::false_type{});
       state.join_lanes<T>(a.scales, teacher);
-      plain = state.plain<T>(a.scales, in.g, teacher);
+      plain = state.plain<T>(a.scales, in.g);
       if (plain && a.partial != nullptr) losses.push(state);
       if (plain && grads) {
         RowGrads r;

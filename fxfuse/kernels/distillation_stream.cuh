@@ -10,7 +10,8 @@ namespace fxfuse {
 
 constexpr int kStreamThreads = 256;
 constexpr int kStreamWarps = kStreamThreads / kWarp;
-constexpr int kStreamUnroll = 4;
+// Packs of each row under way in a thread; fewer where a pack is many loads.
+template <typename T, bool ALIGNED> constexpr int kStreamUnroll = ALIGNED || sizeof(T) == 4 ? 4 : 2;
 constexpr int kStreamMaxBlocks = 4096;
 
 // The rows' units (every row cut in `per_row` equal ones) are dealt out in one contiguous run a block.
@@ -23,16 +24,16 @@ struct Deal {
 };
 
 // Takes COUNT packs of each row into the state: their maxima first, then their sums.
-template <typename T, bool LOG_TARGET, int COUNT>
+template <typename T, bool LOG_TARGET, bool SPLIT, int COUNT>
 __device__ __forceinline__ void add_packs(RowState& state, const Pack<T> (&s)[COUNT], const Pack<T> (&t)[COUNT],
-                                          Scales c, bool teacher) {
+                                          Scales c) {
   PackExtreme<T, true> most_s(s[0]), most_t(t[0]);
 #pragma unroll
   for (int k = 1; k < COUNT; ++k) {
     most_s.take(s[k]);
     most_t.take(t[k]);
   }
-  if (kNeedsMinima<T> || teacher) {
+  if constexpr (kNeedsMinima<T> || SPLIT) {
     PackExtreme<T, false> least_s(s[0]), least_t(t[0]);
 #pragma unroll
     for (int k = 1; k < COUNT; ++k) {
@@ -43,9 +44,9 @@ __device__ __forceinline__ void add_packs(RowState& state, const Pack<T> (&s)[CO
     state.lt = fminf(state.lt, least_t.get());
   }
   const float max_t = fmaxf(state.mt, most_t.get()), max_s = fmaxf(state.ms, most_s.get());
-  if (max_t != state.mt || max_s != state.ms) state.move_maxima<T>(max_t, max_s, c);
+  if (max_t != state.mt || max_s != state.ms) state.move_maxima<T, SPLIT>(max_t, max_s, c);
 #pragma unroll
-  for (int k = 0; k < COUNT; ++k) state.add<T, LOG_TARGET>(s[k], t[k], c);
+  for (int k = 0; k < COUNT; ++k) state.add<T, LOG_TARGET, SPLIT>(s[k], t[k], c);
 }
 
 // A block's share of a row, in whole packs and lone elements.
@@ -81,13 +82,12 @@ __device__ __forceinline__ void for_each_share(const Deal& deal, F row_part) {
 
 // One state for every (row, block) that meet, at pieces[row + block]: no two pairs have the same sum.
 // ALIGNED is a parameter of the template, since as a number the loads of single elements that it rules out would still
-// pass through the loop, a third of its instructions.
-template <typename T, bool LOG_TARGET, bool ALIGNED>
+// pass through the loop, a third of its instructions. TEACHER: its gradient is wanted.
+template <typename T, bool LOG_TARGET, bool ALIGNED, bool TEACHER>
 __global__ void __launch_bounds__(kStreamThreads, 4) stream_sums_kernel(DistillArgs a, Deal deal) {
-  constexpr int N = Pack<T>::N;
+  constexpr int N = Pack<T>::N, kUnroll = kStreamUnroll<T, ALIGNED>;
   __shared__ RowState warp_states[2][kStreamWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const bool teacher = a.grad_teacher != nullptr;
   int set = 0;
   for_each_share(deal, [&](int64_t row, int unit, int end) {
     const T* const s = static_cast<const T*>(a.student) + row * a.vocab;
@@ -97,27 +97,27 @@ __global__ void __launch_bounds__(kStreamThreads, 4) stream_sums_kernel(DistillA
     const T* const pt = t + share.shape.head;
     RowState state;
     int64_t i = share.first + threadIdx.x;
-    for (; i + (kStreamUnroll - 1) * kStreamThreads < share.last; i += kStreamUnroll * kStreamThreads) {
-      Pack<T> vs[kStreamUnroll], vt[kStreamUnroll];
+    for (; i + (kUnroll - 1) * kStreamThreads < share.last; i += kUnroll * kStreamThreads) {
+      Pack<T> vs[kUnroll], vt[kUnroll];
 #pragma unroll
-      for (int k = 0; k < kStreamUnroll; ++k) {
+      for (int k = 0; k < kUnroll; ++k) {
         vs[k] = load_pack(ps + (i + k * kStreamThreads) * N, ALIGNED);
         vt[k] = load_pack(pt + (i + k * kStreamThreads) * N, ALIGNED);
       }
-      add_packs<T, LOG_TARGET, kStreamUnroll>(state, vs, vt, a.scales, teacher);
+      add_packs<T, LOG_TARGET, TEACHER, kUnroll>(state, vs, vt, a.scales);
     }
     for (; i < share.last; i += kStreamThreads) {
       const Pack<T> vs[1] = {load_pack(ps + i * N, ALIGNED)}, vt[1] = {load_pack(pt + i * N, ALIGNED)};
-      add_packs<T, LOG_TARGET, 1>(state, vs, vt, a.scales, teacher);
+      add_packs<T, LOG_TARGET, TEACHER, 1>(state, vs, vt, a.scales);
     }
     const int64_t edge = share.edges && warp == 0 ? share.shape.edge(lane, a.vocab) : -1;
-    if (edge >= 0) add_lone<T, LOG_TARGET>(state, ld_one(s + edge), ld_one(t + edge), a.scales);
-    state.join_lanes<T>(a.scales, teacher);
+    if (edge >= 0) add_lone<T, LOG_TARGET, TEACHER>(state, ld_one(s + edge), ld_one(t + edge), a.scales);
+    state.join_lanes<T>(a.scales, TEACHER);
     if (lane == 0) warp_states[set][warp] = state;
     __syncthreads();
     if (warp == 0) {
       state = warp_states[set][lane % kStreamWarps];
-      state.join_lanes<T, kStreamWarps>(a.scales, teacher);
+      state.join_lanes<T, kStreamWarps>(a.scales, TEACHER);
       if (lane == 0) a.pieces[row + blockIdx.x] = state;
     }
     set ^= 1;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_rows_kernel(DistillArgs
       for (int64_t block = deal.block_of(row * deal.per_row) + lane; block <= last; block += kWarp)
         state.join<T>(a.pieces[row + block], a.scales);
       state.join_lanes<T>(a.scales, teacher);
-      plain = state.plain<T>(a.scales, in.g, teacher);
+      plain = state.plain<T>(a.scales, in.g);
       if (plain && a.partial != nullptr) losses.push(state);
       if (lane == 0) {
         if (!plain) state.mt = __int_as_float(0x7fffffff);

@@ -1,8 +1,10 @@
 // Linear, per-channel scale and BatchNorm: the C interface. See batchnorm_columns.cuh for the mathematics.
 #include "batchnorm_backward.cuh"
+#include "batchnorm_backward_once.cuh"
 #include "batchnorm_forward.cuh"
 #include "hopper/batchnorm_gemm.cuh"
 #include "passes.cuh"
+#include "pdl.cuh"
 
 #include <type_traits>
 
@@ -56,6 +58,25 @@ void with_width(int64_t columns, bool aligned, Body&& body) {
 #define FXFUSE_BATCHNORM const void *gamma, int gamma_code, const void *beta, int beta_code, float eps
 #define FXFUSE_LINEAR_SCALE_VALUE LinearScale{{bias, bias_code}, {scale, scale_code}, {divisor, divisor_code}, multiplier}
 #define FXFUSE_BATCHNORM_VALUE BatchNormAffine{{gamma, gamma_code}, {beta, beta_code}, eps}
+
+// The steps of backward_once_kernel; 0 where the passes must do.
+int backward_steps(const DeviceProps& props, int64_t rows, int64_t columns, bool aligned, int dtype, int out_dtype) {
+  const int bytes = dtype == kFloat32 ? 4 : 2;
+  if (!aligned || columns * bytes % 16 != 0) return 0;
+  const int steps = once_steps(rows, dtype == out_dtype ? 1 : 2);
+  return once_bytes(steps) + 10240 <= props.smem_per_block ? steps : 0;
+}
+
+template <typename Dy, typename T, int HELD>
+int backward_once(const DeviceProps& props, const Dy* dy, const T* acc, const BackwardState& state, T* d_acc,
+                  cudaStream_t stream) {
+  constexpr auto kKernel = backward_once_kernel<Dy, T, HELD>;
+  constexpr int kColumns = kOnceLanes * Pack<T>::N;
+  FXFUSE_CHECK(prepare_shared_memory<kKernel>(once_bytes(HELD)));
+  FXFUSE_CHECK(launch(props, false, kKernel, unsigned(ceil_div<int64_t>(state.columns, kColumns)), kOnceThreads,
+                      once_bytes(HELD), stream, dy, acc, state, d_acc));
+  return 0;
+}
 
 // A GEMM of dtype T; `ieee`: float32 products are float32, not TF32, and their epilogue is Exact.
 template <typename Epilogue, typename T, typename Out, typename Exact = Epilogue>
@@ -227,33 +248,51 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train_apply(const void* acc, void
   return 0;
 }
 
+// Float pairs of scratch that _backward needs; 0 where it is one launch. aligned: dy, acc and d_acc on 16 bytes.
+FXFUSE_API int fxfuse_linear_scale_batchnorm1d_backward_scratch(int64_t rows, int64_t columns, int aligned, int dtype,
+                                                                int out_dtype, int device, int64_t* pairs) {
+  FXFUSE_ON_DEVICE(device, props);
+  const bool once = backward_steps(*props, rows, columns, aligned != 0, dtype, out_dtype) != 0;
+  *pairs = once ? 0 : ceil_div(rows, reduction_rows(rows)) * columns + ceil_div<int64_t>(3 * columns, 2);
+  return 0;
+}
+
 // Backward in training: d_acc (may be dy or acc, where the dtypes agree) and, where not null, d_gamma, d_beta, d_bias (zeros)
 // and d_scale (of one scale a column) in the dtypes of gamma, beta, bias and scale, and d_s[columns] (float32, by the whole
-// factor s). partials[ceil(rows / _block_rows), columns] float pairs
-// and maps[3, columns] are scratch. dy has out's dtype, acc and d_acc the product's.
+// factor s). scratch: as many float pairs as _backward_scratch says. dy has out's dtype, acc and d_acc the product's.
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_backward(const void* dy, const void* acc, const void* saved, void* d_acc,
-                                                        void* partials, void* maps, void* d_gamma, void* d_beta,
-                                                        void* d_bias, void* d_s, void* d_scale, int64_t rows,
-                                                        int64_t columns, FXFUSE_LINEAR_SCALE, FXFUSE_BATCHNORM, int dtype,
-                                                        int out_dtype, int device, void* stream) {
+                                                        void* scratch, void* d_gamma, void* d_beta, void* d_bias,
+                                                        void* d_s, void* d_scale, int64_t rows, int64_t columns,
+                                                        FXFUSE_LINEAR_SCALE, FXFUSE_BATCHNORM, int dtype, int out_dtype,
+                                                        int device, void* stream) {
   if (rows == 0 || columns == 0) return 0;
   FXFUSE_ON_DEVICE(device, props);
   const auto s = static_cast<cudaStream_t>(stream);
-  const int64_t block_rows = reduction_rows(rows), step = pass_rows(rows);
+  const int64_t block_rows = reduction_rows(rows), step = pass_rows(rows), blocks = ceil_div(rows, block_rows);
+  const bool aligned = aligned16(dy) && aligned16(acc) && aligned16(d_acc);
+  const int steps = scratch == nullptr ? backward_steps(*props, rows, columns, aligned, dtype, out_dtype) : 0;
+  if (scratch == nullptr && steps == 0) return int(cudaErrorInvalidValue);
   const float* kept = static_cast<const float*>(saved);
+  float2* const partials = static_cast<float2*>(scratch);
+  float* const maps = reinterpret_cast<float*>(partials + blocks * columns);
   const BackwardState state{FXFUSE_LINEAR_SCALE_VALUE, FXFUSE_BATCHNORM_VALUE, kept, {d_gamma, gamma_code},
                             {d_beta, beta_code}, {d_bias, bias_code}, {d_s, kFloat32}, {d_scale, scale_code}, rows, columns};
   FXFUSE_DISPATCH_PAIR(dtype, out_dtype, T, Dy, {
-    with_width<T>(columns, aligned16(dy) && aligned16(acc) && aligned16(d_acc), [&](auto v) {
+    const Dy* g = static_cast<const Dy*>(dy);
+    const T* a = static_cast<const T*>(acc);
+    T* d = static_cast<T*>(d_acc);
+    if (steps == 4) return backward_once<Dy, T, 4>(*props, g, a, state, d, s);
+    if (steps == 8) return backward_once<Dy, T, 8>(*props, g, a, state, d, s);
+    if constexpr (sizeof(Dy) == sizeof(T))
+      if (steps == 16) return backward_once<Dy, T, 16>(*props, g, a, state, d, s);
+    with_width<T>(columns, aligned, [&](auto v) {
       constexpr int V = decltype(v)::value;
-      const Dy* g = static_cast<const Dy*>(dy);
-      const T* a = static_cast<const T*>(acc);
-      backward_sums_kernel<Dy, T, V><<<grid<V>(rows, columns, block_rows), kPassThreads, 0, s>>>(
-          g, a, kept, static_cast<float2*>(partials), rows, columns, block_rows);
+      backward_sums_kernel<Dy, T, V>
+          <<<grid<V>(rows, columns, block_rows), kPassThreads, 0, s>>>(g, a, kept, partials, rows, columns, block_rows);
       finish_backward_kernel<32><<<unsigned(ceil_div<int64_t>(columns, kWarp)), 32 * kWarp, 0, s>>>(
-          static_cast<const float2*>(partials), state, static_cast<float*>(maps), int(ceil_div(rows, block_rows)));
-      backward_apply_kernel<Dy, T, V><<<grid<V>(rows, columns, step), kPassThreads, 0, s>>>(
-          g, a, kept, static_cast<const float*>(maps), static_cast<T*>(d_acc), rows, columns, step);
+          partials, state, maps, int(blocks));
+      backward_apply_kernel<Dy, T, V>
+          <<<grid<V>(rows, columns, step), kPassThreads, 0, s>>>(g, a, kept, maps, d, rows, columns, step);
     });
   })
   FXFUSE_CHECK_LAUNCH();

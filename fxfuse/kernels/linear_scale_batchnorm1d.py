@@ -75,6 +75,7 @@ class _Functions(NamedTuple):
     statistics: Callable[..., None]
     train_apply: Callable[..., None]
     backward: Callable[..., None]
+    backward_scratch: Callable[..., None]
 
 
 @functools.lru_cache(maxsize=1)
@@ -95,7 +96,8 @@ def _functions() -> _Functions:
             _NAME + "train_apply",
             [PTR] * 3 + [I64] + [PTR] * 2 + [I64] * 2 + columns + vector * 2 + [FLOAT] + [INT, INT] + end,
         ),
-        found.function(_NAME + "backward", [PTR] * 11 + [I64] * 2 + columns + [INT, INT] + end),
+        found.function(_NAME + "backward", [PTR] * 10 + [I64] * 2 + columns + [INT, INT] + end),
+        found.function(_NAME + "backward_scratch", [I64, I64, INT, INT, INT, INT, PTR]),
     )
 
 
@@ -104,6 +106,18 @@ def _block_rows(rows: int) -> int:
     """Rows of a partial of the reducing passes (reduction_rows in the source)."""
     found = I64()
     _functions().block_rows(rows, ctypes.addressof(found))
+    return found.value
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_scratch(
+    rows: int, columns: int, aligned: bool, dtype: torch.dtype, grad_dtype: torch.dtype, device: int
+) -> int:
+    """Float pairs of scratch for ``backward``; 0 where all of it is one launch."""
+    found = I64()
+    _functions().backward_scratch(
+        rows, columns, aligned, DTYPE_CODE[dtype], DTYPE_CODE[grad_dtype], device, ctypes.addressof(found)
+    )
     return found.value
 
 
@@ -281,9 +295,9 @@ def backward(
     rows, columns = acc.shape
     grad = grad.contiguous()
     device = acc.device
-    block_rows = _block_rows(rows)
-    sums = -(-rows // block_rows) * 2  # float pairs first: they are read eight bytes at a time
-    scratch = torch.empty(sums + 3, columns, dtype=torch.float32, device=device)
+    aligned = grad.data_ptr() % 16 == 0 and acc.data_ptr() % 16 == 0
+    pairs = _backward_scratch(rows, columns, aligned, acc.dtype, grad.dtype, device.index)
+    scratch = torch.empty(2 * pairs, dtype=torch.float32, device=device) if pairs else None
     found = Gradients(
         torch.empty_like(acc),
         torch.empty_like(c.weight) if weight and c.weight is not None else None,
@@ -292,10 +306,9 @@ def backward(
         torch.empty(columns, dtype=torch.float32, device=device) if s else None,
         torch.empty_like(c.scale) if scale and c.scale is not None else None,
     )
-    partials, index = scratch.data_ptr(), device.index
+    index = device.index
     _functions().backward(
-        grad.data_ptr(), acc.data_ptr(), saved.data_ptr(), found.acc.data_ptr(),
-        partials, partials + 4 * sums * columns,
+        grad.data_ptr(), acc.data_ptr(), saved.data_ptr(), found.acc.data_ptr(), pointer(scratch),
         pointer(found.weight), pointer(found.shift), pointer(found.bias), pointer(found.s), pointer(found.scale),
         rows, columns, *c.arguments(), DTYPE_CODE[acc.dtype], DTYPE_CODE[grad.dtype], index, stream(index),
     )  # fmt: skip

@@ -93,9 +93,9 @@ def forward(
             return frozen(x, sums, bias is not None, scale, dtype), sums
         return _forward(x, weight, bias, None, scale, dtype)
     outer, m, ldx, n, ldw, k, size, scratch_size, code, index = layout
-    y = x.new_empty(outer, dtype=dtype)
-    sums = torch.empty(size, dtype=torch.float32, device=x.device)
-    scratch = torch.empty(scratch_size, dtype=torch.float64, device=x.device) if scratch_size else None
+    y = allocate(outer, _strides(outer), dtype or x.dtype, index)
+    sums = allocate((size,), _DENSE, torch.float32, index)
+    scratch = allocate((scratch_size,), _DENSE, torch.float64, index) if scratch_size else None
     v = sums.data_ptr()
     _functions().forward(
         address, ldx, m, weights, ldw, n, k, None if bias is None else bias.data_ptr(),
@@ -121,6 +121,12 @@ class _Layout(NamedTuple):
 
 
 _layouts: dict[tuple[Any, ...], _Layout] = {}
+_DENSE = (1,)
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return _DENSE if len(shape) == 1 else tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _layout(key: tuple[Any, ...], x: Tensor, weight: Tensor) -> _Layout | None:
@@ -131,9 +137,9 @@ def _layout(key: tuple[Any, ...], x: Tensor, weight: Tensor) -> _Layout | None:
         return None
     if len(_layouts) > 4096:
         _layouts.clear()
-    ldx, ldw, outer = rows[1], weight_rows[1], x.shape[:-1]
+    ldx, ldw, outer = rows[1], weight_rows[1], tuple(x.shape[:-1])
     scratch = _scratch_size(n, k, ldw, weight, False)
-    found = _Layout(outer, outer.numel(), ldx, n, ldw, k, sums_size(k), scratch, DTYPE_CODE[x.dtype], x.get_device())
+    found = _Layout(outer, math.prod(outer), ldx, n, ldw, k, sums_size(k), scratch, DTYPE_CODE[x.dtype], x.get_device())
     _layouts[key] = found
     return found
 
@@ -158,8 +164,8 @@ def launch(
     if layout is None or (bias is not None and bias.stride(0) != 1):
         return None
     outer, m, ldx, n, ldw, k, size, scratch_size, code, index = layout
-    shape = (*outer, 1) if keepdim else tuple(outer)
-    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    shape = (*outer, 1) if keepdim else outer
+    strides = _strides(shape)
     room = -(-size // 64) * 64  # what follows the sums is aligned as an allocation is
     y_dtype, wide, biases = dtype or x.dtype, dtype is torch.float32, pointer(bias)
     run = _functions().forward
@@ -180,7 +186,7 @@ def launch(
 
     def whole(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         y = allocate(shape, strides, y_dtype, index)
-        memory = allocate((room + 2 * scratch_size,), (1,), torch.float32, index)  # the sums, then scratch of float64
+        memory = allocate((room + 2 * scratch_size,), _DENSE, torch.float32, index)  # the sums, then scratch of float64
         v = memory.data_ptr()
         run(x.data_ptr(), ldx, m, weights, ldw, n, k, biases, v, None if biases is None else v + 4 * (size - 2),
             v + 4 * room if scratch_size else None, scale, y.data_ptr(), wide, code, index, stream(index))  # fmt: skip
@@ -249,11 +255,11 @@ def backward(
 
     sums are read only for dx. A gradient of another dtype than x's is scaled first and then rounded to it.
     """
-    dtype, device, k = x.dtype, x.device, x.shape[-1]
+    dtype, index, k = x.dtype, x.get_device(), x.shape[-1]
     need_x, need_w, need_b = (*wanted, False)[:3]
-    dx = torch.empty(x.shape, dtype=dtype, device=device) if need_x else None
-    dw = torch.empty(n, k, dtype=dtype, device=device) if need_w else None
-    db = torch.empty(n, dtype=dtype, device=device) if need_b else None
+    dx = allocate(tuple(x.shape), _strides(x.shape), dtype, index) if need_x else None
+    dw = allocate((n, k), (k, 1), dtype, index) if need_w else None
+    db = allocate((n,), _DENSE, dtype, index) if need_b else None
     m = grad.numel()
     if grad.dtype != dtype:
         grad, scale = (grad * scale).to(dtype), 1.0
@@ -262,7 +268,7 @@ def backward(
     scratch = _scratch(m, k, ldx, x, True) if need_w or need_b else None
     _functions().backward(
         grad.data_ptr(), grad.stride(0), x.data_ptr(), ldx, m, n, k, pointer(sums), scale,
-        pointer(dx), pointer(dw), pointer(db), pointer(scratch), DTYPE_CODE[dtype], device.index, stream(device.index),
+        pointer(dx), pointer(dw), pointer(db), pointer(scratch), DTYPE_CODE[dtype], index, stream(index),
     )  # fmt: skip
     return dx, dw, db
 
@@ -283,7 +289,7 @@ _scratch_sizes: dict[tuple[int, int, int, bool, bool, torch.dtype, int], int] = 
 def _scratch(rows: int, cols: int, ld: int, t: Tensor, weighted: bool) -> Tensor | None:
     """Scratch for the column sums of t, None where none is needed."""
     size = _scratch_size(rows, cols, ld, t, weighted)
-    return torch.empty(size, dtype=torch.float64, device=t.device) if size else None
+    return allocate((size,), _DENSE, torch.float64, t.get_device()) if size else None
 
 
 def _scratch_size(rows: int, cols: int, ld: int, t: Tensor, weighted: bool) -> int:

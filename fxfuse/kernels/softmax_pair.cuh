@@ -79,33 +79,52 @@ struct RowState {
   float zt_low = 0, zs_low = 0, d_low = 0;  // what float leaves of the joined sums: d / zt and the logarithms cancel
   float lt = -kLowest, ls = -kLowest;  // minima: where float16 overflows and where q vanishes
 
-  template <typename T>
+  // SPLIT, for gradients of the teacher: zt and d take what lies within a factor of two of the maximum, zt_low and d_low
+  // the rest. Where one q is nearly 1, its gradient is what the others leave of it, and nothing of them may be lost.
+  template <typename T, bool SPLIT = false>
   __device__ __forceinline__ void move_maxima(float new_mt, float new_ms, Scales c) {
     const float du = c.t.shift<T>(mt, new_mt), dw = c.s.shift<T>(ms, new_ms);
     const float ft = exp2_fast(du);
-    d = zt == 0.f ? d : ft * fmaf(zt, du - dw, d);
-    zt *= ft;
+    if constexpr (SPLIT) {
+      const float sum_t = zt + zt_low, sum_d = d + d_low;
+      d_low = sum_t == 0.f ? sum_d : ft * fmaf(sum_t, du - dw, sum_d);
+      zt_low = sum_t * ft;
+      zt = d = 0.f;
+    } else {
+      d = zt == 0.f ? d : ft * fmaf(zt, du - dw, d);
+      zt *= ft;
+    }
     zs *= exp2_fast(dw);
     mt = new_mt;
     ms = new_ms;
   }
   // A pair of logits under maxima that are at least theirs; afterwards s and t are 2^w and 2^u.
-  template <typename T, bool LOG_TARGET>
+  template <typename T, bool LOG_TARGET, bool SPLIT = false>
   __device__ __forceinline__ void add(float& s, float& t, Scales c) {
     const float u = c.t.distance<T>(t, mt), w = c.s.distance<T>(s, ms);
     t = exp2_fast(u);
     s = exp2_fast(w);
-    zt += t;
     zs += s;
     // A teacher logit of -inf counts nothing as a probability (0 log 0 = 0) and is NaN as a log-probability.
-    d = fmaf(t, (LOG_TARGET ? u : fmaxf(u, kLowest)) - w, d);
+    const float uw = (LOG_TARGET ? u : fmaxf(u, kLowest)) - w;
+    if constexpr (SPLIT) {
+      constexpr float kOne = sizeof(T) == 4 ? 1.f : float(1 << int(kHalfHeadroom));
+      const float large = t >= kOne / 2 ? kOne : 0.f, rest = t - large;
+      zt += large;
+      zt_low += rest;
+      d = fmaf(large, uw, d);
+      d_low = fmaf(rest, uw, d_low);
+    } else {
+      zt += t;
+      d = fmaf(t, uw, d);
+    }
   }
-  template <typename T, bool LOG_TARGET>
+  template <typename T, bool LOG_TARGET, bool SPLIT = false>
   __device__ __forceinline__ void add(const Pack<T>& s, const Pack<T>& t, Scales c) {
 #pragma unroll
     for (int i = 0; i < Pack<T>::N; ++i) {
       float sv = s.get(i), tv = t.get(i);
-      add<T, LOG_TARGET>(sv, tv, c);
+      add<T, LOG_TARGET, SPLIT>(sv, tv, c);
     }
   }
   // The same, leaving the exponentials in place of the logits, so that gradients of the student need no more of them.
@@ -126,7 +145,7 @@ struct RowState {
   template <typename T, int LANES = kWarp>
   __device__ __forceinline__ void join_lanes(Scales c, bool teacher) {
     const float new_mt = warp_reduce<LANES>(mt, MaxNumber{}), new_ms = warp_reduce<LANES>(ms, MaxNumber{});
-    if constexpr (sizeof(T) == 4) {
+    if (sizeof(T) == 4 || teacher) {
       double sums[3];
       moved<T>(new_mt, new_ms, c, sums);
       set_sums(new_mt, new_ms, warp_sum<LANES>(sums[0]), warp_sum<LANES>(sums[1]), warp_sum<LANES>(sums[2]));
@@ -173,7 +192,8 @@ struct RowState {
     const double ft = exp2_fast(du), wide_t = double(zt) + double(zt_low);
     sums[0] = wide_t * ft;
     sums[1] = (double(zs) + double(zs_low)) * double(exp2_fast(dw));
-    sums[2] = zt == 0.f ? double(d) : ft * (double(d) + double(d_low) + wide_t * double(du - dw));
+    const double wide_d = double(d) + double(d_low);
+    sums[2] = wide_t == 0. ? wide_d : ft * (wide_d + wide_t * double(du - dw));
   }
   __device__ __forceinline__ void set_sums(float new_mt, float new_ms, double sum_t, double sum_s, double sum_d) {
     mt = new_mt;
@@ -193,13 +213,10 @@ struct RowState {
   };
 
   // False: the row must be done as eager does it. Something (g too, the gradient that reaches the row) is infinite, NaN
-  // or outside what T stores; or the teacher's gradient is wanted where one q is so near 1 that little but rounding
-  // would be left of it, which eager's formula puts elsewhere.
+  // or outside what T stores.
   template <typename T>
-  __device__ __forceinline__ bool plain(Scales c, float g, bool teacher) const {
-    constexpr float kOne = sizeof(T) == 4 ? 1.f : float(1 << int(kHalfHeadroom));
+  __device__ __forceinline__ bool plain(Scales c, float g) const {
     bool ok = fabsf(g) < kInf && zt > 0.f && zs > 0.f && zt < kInf && zs < kInf && fabsf(d) < kInf;
-    if (teacher) ok = ok && zt > kOne * (1.f + 1.f / 128.f);
     if constexpr (kNeedsMinima<T>) {
       const float limit = 65000.f * kLog2e;  // float16 overflows at 65520
       const float high_t = mt * c.t.factor, low_t = lt * c.t.factor, high_s = ms * c.s.factor, low_s = ls * c.s.factor;
@@ -287,8 +304,8 @@ struct Incoming {
 // What the gradients of a row need, derived once from its state.
 //   grad_student = (p - q) g / Ts                     = es * a_s - et * b_s
 //   grad_teacher = q ((log q - log p) - KL) g / Tt    = et * b_t * ((u - w) - mean)
-// Where a q is large, its u - w is near the mean, so the mean is kept in two floats. (Where one q is nearly 1 that does
-// not help, see RowState::plain.)
+// Where a q is large, its u - w is near the mean, so the mean is kept in two floats; where one is nearly 1, the sums must
+// hold as much (RowState::move_maxima).
 struct RowGrads {
   float mt, ms, a_s, b_s, b_t = 0, mean = 0, mean_low = 0;
   Scales c;

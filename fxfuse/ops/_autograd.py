@@ -63,12 +63,12 @@ class Differentiable(torch.autograd.Function):
         result: list[Tensor | None] = [None] * (len(ctx.others) + 2)
         if grad is None:
             return tuple(result)
-        count = len(op.kept)
-        kept = ctx.saved_tensors
-        saved = kept[count:]
+        kept = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # not where the graph is retained
         args = ctx.others.copy()
-        for position, tensor in zip(op.kept, kept, strict=False):
-            args[position] = tensor
+        for position in op.kept:
+            args[position] = kept.pop(0)
+        saved = kept  # the only reference that is left: a backward may let go of what it has used
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             grads = vjp(lambda *a: op.again(saved, *a), op.tensors, args, grad, ctx.wanted, create_graph=True)

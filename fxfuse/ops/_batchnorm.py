@@ -147,7 +147,7 @@ def kernel_training(
 
 def kernel_gradients(
     grad: Tensor,
-    saved: Sequence[Tensor],
+    saved: list[Tensor],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -159,14 +159,18 @@ def kernel_gradients(
     eps: float,
     wanted: Sequence[bool],
 ) -> Sequence[Tensor | None]:
-    """Every argument's gradient of a training step, from one call into the kernels and the product's own two."""
+    """Every argument's gradient of a training step, from one call into the kernels and the product's own two.
+
+    ``saved`` is emptied: the product acc is not needed beside its gradient and those that come of it.
+    """
     c = columns(bias, scale, divisor, alpha, bn_weight, bn_bias, eps)
-    acc, statistics = saved
+    statistics, acc = saved.pop(), saved.pop()
     per_column = scale is not None and scale.numel() == weight.size(0)
     found = kernels.backward(
         grad, acc, statistics, c, weight=wanted[5], shift=wanted[6], bias=wanted[2], scale=wanted[3] and per_column,
         s=wanted[4] or (wanted[3] and not per_column),
     )  # fmt: skip
+    del acc
     dx, dw, _ = linear_backward(found.acc, 1.0, x, weight, None, wanted)
     d_scale = d_divisor = None
     if scale is not None and wanted[3]:

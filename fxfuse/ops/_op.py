@@ -10,7 +10,8 @@ Everything else is optional:
 
     road(*args) -> Road               which way this call goes; "composed" is the reference itself
     forward(road, *args, wanted=())   -> (out, saved): out as the reference gives it, and the tensors backward wants
-    backward(road, grad, saved, *args, wanted=())   -> one gradient (or None) for each Tensor argument, in order
+    backward(road, grad, saved, *args, wanted=())   -> one gradient (or None) for each Tensor argument, in order;
+                                      what it drops from the list `saved` is freed, unless the graph is retained
     saves(*args, wanted=())           -> empty tensors shaped as `saved`; needed when forward saves any
     again(saved, *args)               -> the reference with its graph, for second derivatives (default: reference)
     autocast(device_type, dtype, *args) -> args cast as autocast casts them inside the unfused code

@@ -238,7 +238,7 @@ def saves(
 def backward(
     road: Road,
     grad: Tensor,
-    saved: Sequence[Tensor],
+    saved: list[Tensor],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

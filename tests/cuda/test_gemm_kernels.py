@@ -25,7 +25,8 @@ on_hopper = pytest.mark.skipif(
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
 PRODUCTS = [(256, 512, 512), (1000, 520, 328), (77, 264, 40), (513, 1032, 8), (4000, 1024, 136), (1, 64, 64)]
-MATRICES = [(2, 8), (5, 3), (64, 64), (257, 40), (1000, 333), (1024, 512), (1025, 512), (5000, 96), (70000, 8)]
+MATRICES = [(2, 8), (5, 3), (64, 64), (257, 40), (1000, 333), (300, 136), (512, 72),
+            (600, 1096), (1024, 512), (1025, 512), (5000, 96), (70000, 8)]  # fmt: skip
 
 
 #: What TF32's rounding and a 16-bit result's may differ by from eager's, where eager happens to be luckier or, for
@@ -225,6 +226,25 @@ def test_train_passes(m, n, dtype, out_dtype, offset):
         again = torch.empty_like(saved)
         again.copy_(lsb.train_apply(acc, None, c, None, None, 0.3, acc))
         assert torch.equal(acc, out) and torch.equal(again, saved), "not deterministic, or wrong in place"
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), [*((d, d) for d in DTYPES), *((d, torch.float32) for d in HALF)])
+@pytest.mark.parametrize(("m", "n"), [(200, 64), (512, 200), (1000, 4104)])
+def test_backward_in_one_launch_and_in_passes(m, n, dtype, out_dtype):
+    """The same gradients from a block that holds its columns as from passes over them, which a gradient off 16 bytes
+    goes by; the one launch gives the same bits again."""
+    acc, c = randn(m, n, dtype=dtype), columns(n, dtype)
+    grad = randn(m * n + 1, dtype=out_dtype)[:-1].view(m, n)
+    off = torch.cat([grad.new_zeros(1), grad.flatten()])[1:].view(m, n)
+    saved = lsb.train_apply(acc, None, c, None, None, 0.3, torch.empty(m, n, dtype=out_dtype, device="cuda"))
+    every = {"weight": True, "shift": True, "bias": True, "s": True, "scale": True}
+    whole, again, passes = (lsb.backward(g, acc, saved, c, **every) for g in (grad, grad, off))
+    launches = [lsb._backward_scratch(m, n, aligned, dtype, out_dtype, 0) == 0 for aligned in (True, False)]
+    assert launches == [dtype == out_dtype or m <= 512, False]
+    for one, two, other in zip(whole, again, passes, strict=True):
+        if one is not None:
+            assert torch.equal(one, two), "not deterministic"
+            assert error(one, other.double()) < {torch.float32: 3e-6}.get(one.dtype, torch.finfo(one.dtype).eps)
 
 
 @pytest.mark.parametrize(("dtype", "out_dtype"), [*((d, d) for d in DTYPES), *((d, torch.float32) for d in HALF)])

@@ -230,6 +230,29 @@ def test_kept_training_calls_without_a_gradient(m, n, k, refused, monkeypatch):
             assert int(fused.bn.num_batches_tracked) == step + 1
 
 
+@pytest.mark.parametrize("retain", [False, True])
+def test_the_backward_lets_go_of_the_product(retain):
+    """Once its gradient is there; not where the graph is retained, which gives the same gradients again."""
+    m, n, k = 1024, 2048, 2048
+    model = Fused(k, n).to("cuda", torch.bfloat16)
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    leaves = [x, *model.parameters()]
+    torch.autograd.grad(model(x).sum(), leaves)
+    out = model(x)
+    grad = torch.randn_like(out)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = torch.autograd.grad(out, leaves, grad, retain_graph=retain)
+    extra = torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in found)
+    assert (extra > 3 * out.nbytes // 4) == retain
+    if retain:
+        again = torch.autograd.grad(out, leaves, grad)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, leaves, grad)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(("m", "n", "k"), [(16, 64, 64), (512, 6400, 512), (4100, 2048, 520)])
 def test_the_second_device(m, n, k):

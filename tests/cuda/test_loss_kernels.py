@@ -168,6 +168,27 @@ def test_a_certain_teacher_and_an_infinite_scale(dtype: torch.dtype, log_target:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("margin", [2.0, 5.0, 8.0, 12.0, 16.0])
+def test_nearly_certain_teachers(dtype: torch.dtype, log_target: bool, margin: float) -> None:
+    """One q is nearly 1, and its gradient what the others leave of it: e^-margin. Judged margin by margin."""
+
+    def ours(s: Tensor, t: Tensor) -> Tensor:
+        return distillation_kl(s, t, -1, 1.0, 1.0, 1.0, "sum", log_target)
+
+    draws = []
+    for shape in ((65, 512), (40, 5003), (12, 32000), (300, 13000), (5, 128256)):
+        s, t = torch.randn(2, *shape, device="cuda")
+        columns = torch.randint(shape[1], (shape[0], 1), device="cuda")
+        t = t.scatter(1, columns, t.logsumexp(-1, keepdim=True) + margin)
+        s, t = s.to(dtype), t.to(dtype)
+        eager = [with_grads(lambda s, t: eager_distillation(s, t, 1.0, 1.0, "sum", log_target), *pair)
+                 for pair in ((s, t), (s.double(), t.double()))]  # fmt: skip
+        draws.append((with_grads(ours, s, t), *eager))
+    check(draws)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("log_target", [False, True])
 def test_distillation(dtype: torch.dtype, shape: tuple[int, int], log_target: bool) -> None:
