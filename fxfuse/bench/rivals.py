@@ -5,7 +5,7 @@ Adding one is a function here decorated with `@rival`; `fxfuse bench --vs` knows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,36 +129,33 @@ def _two_step(model: nn.Module, workload: Workload) -> Callee:
 
 
 class Handed(torch.autograd.Function):
-    """Hands on a result that is there already, and in the backward gradients that are."""
+    """Hands on a result that is there already, and in the backward gradients that are allocated and no more."""
 
     @staticmethod
-    def forward(ctx: Any, results: tuple[Tensor, Sequence[Tensor]], *tensors: Tensor) -> Tensor:
-        out, ctx.gradients = results
+    def forward(ctx: Any, out: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        assert all(t is not None for t in ctx.saved_tensors)
-        return None, *ctx.gradients
+        return None, *[torch.empty_like(t) for t in ctx.saved_tensors]
 
 
 class AutogradAlone(nn.Module):
-    """A model's results without its work: one node of autograd written in Python, between the same leaves."""
+    """A model's result without its work: one node of autograd written in Python, between the same leaves."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.results: tuple[Tensor, Sequence[Tensor]] | None = None
+        self.result: Tensor | None = None
 
     def forward(self, *inputs: Tensor) -> Tensor:
         if inputs[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise Unavailable("n/a", "nothing runs on the GPU")
-        tensors = (*inputs, *self.model.parameters())
-        if self.results is None:
+        if self.result is None:
             with torch.no_grad():
-                self.results = self.model(*inputs), [torch.zeros_like(t) for t in tensors]
-        out: Tensor = Handed.apply(self.results, *tensors)
+                self.result = self.model(*inputs)
+        out: Tensor = Handed.apply(self.result, *inputs, *self.model.parameters())
         return out
 
 

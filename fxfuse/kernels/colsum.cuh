@@ -3,7 +3,8 @@
 // One read of the matrix. A block of 512 threads owns a stripe of LANES * VEC columns and a range of rows; threads sum
 // a few rows in float32 as a tree and carry the running sum in float64, so long and cancelling columns lose nothing.
 // With one row range the stripe's sum is final; with several, each writes a float64 partial and fold_kernel adds them
-// in a fixed order.
+// in a fixed order. Rows that are no multiple of 16 bytes long begin off a piece by a number of elements that comes back
+// every `phases` rows: a range keeps to rows of one phase, and its pieces to the columns that they hold in all of them.
 #pragma once
 
 #include "pdl.cuh"
@@ -19,6 +20,10 @@ template <typename T, int VEC>
 struct Chunk {
   Pack<T> data;
   __device__ __forceinline__ void load(const T* p) { data = ld_stream(p); }
+  __device__ __forceinline__ void load_some(const T* p, int count) {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) data.at[i] = i < count ? p[i] : from_float<T>(0.f);
+  }
   __device__ __forceinline__ void clear() { data.raw = uint4{0, 0, 0, 0}; }
   __device__ __forceinline__ float get(int i) const { return data.get(i); }
 };
@@ -26,6 +31,7 @@ template <typename T>
 struct Chunk<T, 1> {
   T data;
   __device__ __forceinline__ void load(const T* p) { data = __ldg(p); }
+  __device__ __forceinline__ void load_some(const T* p, int) { load(p); }
   __device__ __forceinline__ void clear() { data = from_float<T>(0.0f); }
   __device__ __forceinline__ float get(int) const { return to_float(data); }
 };
@@ -36,10 +42,11 @@ struct ColsumArgs {
   int64_t ld, rows, cols;
   const T* g;             // [rows] at stride g_stride: the weights; read only by WEIGHTED kernels
   int64_t g_stride;
-  int rows_per_split;
+  int phases;             // 1 unless PHASED
+  int rows_per_split;     // of the rows of a phase
   int release_rows;       // rows of a range that are left to read when the next kernel may start (see pdl.cuh)
   unsigned stripes;       // block index = split * stripes + stripe; one block more, where extra_sum is given, adds
-  unsigned splits;
+  unsigned splits;        // row ranges of all phases: number s is range s / phases of phase s % phases
   const T* extra;         // [extra_count] at extra_stride, whose sum goes to *extra_sum
   int64_t extra_count, extra_stride;
   double* extra_sum;
@@ -57,7 +64,7 @@ __device__ __forceinline__ void vector_sum(const T* p, int64_t count, int64_t st
   if (threadIdx.x == 0) *out = sum;
 }
 
-template <typename T, int VEC, int LANES, int UNROLL, bool WEIGHTED>
+template <typename T, int VEC, int LANES, int UNROLL, bool WEIGHTED, bool PHASED>
 __global__ void __launch_bounds__(kColsumThreads, 1) colsum_kernel(ColsumArgs<T> args) {
   constexpr int kRowLanes = kColsumThreads / LANES;  // rows that a block reads at once
   constexpr int kWarps = kColsumThreads / kWarp;
@@ -71,19 +78,25 @@ __global__ void __launch_bounds__(kColsumThreads, 1) colsum_kernel(ColsumArgs<T>
   }
   const unsigned split = blockIdx.x / args.stripes, stripe = blockIdx.x - split * args.stripes;
   const int lane = threadIdx.x % LANES;
-  const int64_t column = int64_t(stripe) * kStripe + lane * VEC;
-  const int64_t first = int64_t(split) * args.rows_per_split;
+  const int phases = PHASED ? args.phases : 1, phase = PHASED ? int(split) % phases : 0;
+  // Elements between the piece that a row begins in and the row.
+  const int ahead = PHASED ? int((reinterpret_cast<uintptr_t>(args.a + phase * args.ld) & 15) / sizeof(T)) : 0;
+  const int64_t column = int64_t(stripe) * kStripe + lane * VEC - ahead;
+  const int64_t rows = PHASED ? ceil_div(args.rows - phase, int64_t(phases)) : args.rows;
+  const int64_t first = int64_t(split / phases) * args.rows_per_split;
   // Rows from this thread's first one to the end of the range.
-  int left = int(min(int64_t(args.rows_per_split), args.rows - first)) - int(threadIdx.x / LANES);
+  int left = int(min(int64_t(args.rows_per_split), rows - first)) - int(threadIdx.x / LANES);
 
   double sum[VEC];
 #pragma unroll
   for (int j = 0; j < VEC; ++j) sum[j] = 0;
   if (column < args.cols) {
-    const int64_t row = first + threadIdx.x / LANES;
+    const int64_t row = (first + threadIdx.x / LANES) * phases + phase;
     const T* p = args.a + row * args.ld + column;
     const T* pg = WEIGHTED ? args.g + row * args.g_stride : nullptr;
-    const int64_t step = kRowLanes * args.ld, g_step = kRowLanes * args.g_stride;
+    const int64_t step = phases * kRowLanes * args.ld, g_step = phases * kRowLanes * args.g_stride;
+    // Of the matrix' last row, what a piece holds past its end may not be there.
+    const T* const last = PHASED && column + VEC > args.cols ? args.a + (args.rows - 1) * args.ld + column : nullptr;
     for (; left > 0; left -= UNROLL * kRowLanes) {
       if (left <= args.release_rows) pdl_release();
       Chunk<T, VEC> x[UNROLL];
@@ -91,7 +104,8 @@ __global__ void __launch_bounds__(kColsumThreads, 1) colsum_kernel(ColsumArgs<T>
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
         if (u * kRowLanes < left) {
-          x[u].load(p);
+          if (PHASED && p == last) x[u].load_some(p, int(args.cols - column));
+          else x[u].load(p);
           if (WEIGHTED) g[u] = to_float(*pg);
         } else {
           x[u].clear();
@@ -124,8 +138,8 @@ __global__ void __launch_bounds__(kColsumThreads, 1) colsum_kernel(ColsumArgs<T>
     for (int j = 0; j < VEC; ++j) shared[threadIdx.x / kWarp][lane * VEC + j] = sum[j];
   }
   __syncthreads();
-  const int64_t k = int64_t(stripe) * kStripe + threadIdx.x;
-  if (threadIdx.x < kStripe && k < args.cols) {
+  const int64_t k = int64_t(stripe) * kStripe + threadIdx.x - ahead;
+  if (threadIdx.x < kStripe && k >= 0 && k < args.cols) {
     double total[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total[w % 4] += shared[w][threadIdx.x];

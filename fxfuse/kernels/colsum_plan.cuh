@@ -6,12 +6,16 @@
 namespace fxfuse {
 
 // How a [rows, cols] matrix is summed. Where rows are contiguous but not a multiple of 16 bytes long, `merged` rows are
-// read as one long row of merged * cols elements, which is; the partial sums of a long row are those of its rows.
+// read as one long row of merged * cols elements, which is; the partial sums of a long row are those of its rows. Others
+// are read in phases (colsum.cuh), or element by element.
 struct ColsumPlan {
   int vec, lanes;
   int64_t merged, tail;    // rows per long row; rows left over, added by fold_kernel
   int64_t stripes, splits;
-  int64_t long_rows(int64_t rows) const { return rows / merged; }
+  int phases = 0;          // 0: not in phases
+  int64_t long_rows(int64_t rows) const {  // that a column of one range of rows or phase can have
+    return phases > 0 ? ceil_div(rows, int64_t(phases)) : rows / merged;
+  }
   int64_t partials() const { return splits * merged; }  // rows of [cols] that fold_kernel adds
   bool folded() const { return partials() > 1 || tail > 0; }
   int64_t scratch(int64_t cols) const { return folded() ? partials() * cols : 0; }  // float64 elements
@@ -24,7 +28,8 @@ inline int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
 // Stripe width and row ranges of the least estimated time, into `plan`; returns the time in microseconds.
 inline double cut(const DeviceProps& props, int64_t rows, int64_t cols, int element, ColsumPlan& plan) {
-  const int64_t columns = plan.merged * cols, sms = props.sm_count;
+  const int64_t phases = max(plan.phases, 1), sms = props.sm_count;
+  const int64_t columns = plan.merged * cols + (plan.phases > 0 ? plan.vec - 1 : 0);
   const int64_t least_splits = ceil_div(max(plan.long_rows(rows), int64_t(1)), int64_t(1) << 30);  // rows fit an int
   const double narrow = plan.vec == 1 ? 3.0 : 1.0;  // single elements keep less memory in flight
   double least = -1;
@@ -33,8 +38,8 @@ inline double cut(const DeviceProps& props, int64_t rows, int64_t cols, int elem
     const int64_t stripes = ceil_div(max(columns, int64_t(1)), int64_t(lanes) * plan.vec);
     const int64_t batch = kColsumUnroll * (kColsumThreads / lanes);  // rows that a block has in flight
     const int64_t most = max(int64_t(1), min(int64_t(sms), plan.long_rows(rows) / batch));
-    for (int64_t splits = least_splits; splits <= max(least_splits, most); ++splits) {
-      const int64_t blocks = stripes * splits;
+    for (int64_t ranges = least_splits; ranges <= max(least_splits, most); ++ranges) {
+      const int64_t splits = ranges * phases, blocks = stripes * splits;
       // Multiprocessors share the memory evenly, so the one with most blocks ends last; 7 of 8 saturate the memory.
       const double rounds = double(ceil_div(blocks, sms) * sms) / double(blocks);
       const double waste = blocks <= sms ? max(1.0, 0.875 * rounds) : rounds;
@@ -68,8 +73,14 @@ inline ColsumPlan plan_colsum(const DeviceProps& props, const void* a, int64_t r
     plan.vec = 1;
     plan.merged = 1;
   }
+  const bool pieces = plan.vec > 1;
   plan.tail = rows % plan.merged;
   const double time = cut(props, rows, cols, element, plan);
+  if (!pieces) {
+    ColsumPlan phased = {16 / element, 16, 1, 0, 1, 1};
+    phased.phases = phased.vec / int(gcd(ld, phased.vec));
+    if (cut(props, rows, cols, element, phased) < time) return phased;
+  }
   if (plan.merged > 1) {  // a small matrix is sooner done element by element than merged and folded
     ColsumPlan single = {1, 32, 1, 0, 1, 1};
     if (cut(props, rows, cols, element, single) < time) return single;
@@ -77,13 +88,21 @@ inline ColsumPlan plan_colsum(const DeviceProps& props, const void* a, int64_t r
   return plan;
 }
 
-template <typename T, int VEC, int LANES, bool WEIGHTED>
+template <typename T, int VEC, int LANES, bool WEIGHTED, bool PHASED>
 inline cudaError_t launch_colsum_kernel(const DeviceProps& props, const ColsumArgs<T>& args, unsigned grid,
                                         cudaStream_t stream) {
-  constexpr auto kKernel = colsum_kernel<T, VEC, LANES, VEC == 1 ? 2 * kColsumUnroll : kColsumUnroll, WEIGHTED>;
+  constexpr auto kKernel = colsum_kernel<T, VEC, LANES, VEC == 1 ? 2 * kColsumUnroll : kColsumUnroll, WEIGHTED, PHASED>;
   const cudaError_t error = prepare_shared_memory<kKernel>(0);
   if (error != cudaSuccess) return error;
   return launch(props, true, kKernel, grid, kColsumThreads, 0, stream, args);
+}
+
+template <typename T, int VEC, bool WEIGHTED, bool PHASED>
+inline cudaError_t launch_colsum_lanes(const DeviceProps& props, int lanes, const ColsumArgs<T>& args, unsigned grid,
+                                       cudaStream_t stream) {
+  if (lanes == 8) return launch_colsum_kernel<T, VEC, 8, WEIGHTED, PHASED>(props, args, grid, stream);
+  if (lanes == 16) return launch_colsum_kernel<T, VEC, 16, WEIGHTED, PHASED>(props, args, grid, stream);
+  return launch_colsum_kernel<T, VEC, 32, WEIGHTED, PHASED>(props, args, grid, stream);
 }
 
 // Fills `args` from the plan and launches; `partial` holds plan.scratch(cols) elements. rows may be 0. `lead` is the
@@ -93,10 +112,11 @@ inline cudaError_t launch_colsum(const DeviceProps& props, const ColsumPlan& pla
                                  double* partial, cudaStream_t stream) {
   const int64_t rows = args.rows, cols = args.cols;
   float* out = args.out;
-  args.rows = plan.long_rows(rows);
+  args.phases = max(plan.phases, 1);
+  args.rows = plan.phases > 0 ? rows : plan.long_rows(rows);
   args.cols = cols * plan.merged;
   args.ld *= plan.merged;
-  args.rows_per_split = int(ceil_div(max(args.rows, int64_t(1)), plan.splits));
+  args.rows_per_split = int(ceil_div(max(plan.long_rows(rows), int64_t(1)), plan.splits / args.phases));
   args.release_rows = int(lead * args.rows_per_split);
   args.stripes = cols > 0 ? unsigned(plan.stripes) : 0;
   args.splits = unsigned(plan.splits);
@@ -105,10 +125,10 @@ inline cudaError_t launch_colsum(const DeviceProps& props, const ColsumPlan& pla
   const unsigned grid = args.stripes * args.splits + (args.extra_sum != nullptr);
   if (grid == 0) return cudaSuccess;
   cudaError_t error;
-  if (plan.vec == 1) error = launch_colsum_kernel<T, 1, 32, WEIGHTED>(props, args, grid, stream);
-  else if (plan.lanes == 8) error = launch_colsum_kernel<T, Pack<T>::N, 8, WEIGHTED>(props, args, grid, stream);
-  else if (plan.lanes == 16) error = launch_colsum_kernel<T, Pack<T>::N, 16, WEIGHTED>(props, args, grid, stream);
-  else error = launch_colsum_kernel<T, Pack<T>::N, 32, WEIGHTED>(props, args, grid, stream);
+  constexpr int kVec = Pack<T>::N;
+  if (plan.vec == 1) error = launch_colsum_kernel<T, 1, 32, WEIGHTED, false>(props, args, grid, stream);
+  else if (plan.phases > 0) error = launch_colsum_lanes<T, kVec, WEIGHTED, true>(props, plan.lanes, args, grid, stream);
+  else error = launch_colsum_lanes<T, kVec, WEIGHTED, false>(props, plan.lanes, args, grid, stream);
   if (error != cudaSuccess || !plan.folded() || cols == 0) return error;
   const T* tail = args.a + (rows - plan.tail) * cols;
   return launch(props, true, fold_kernel<T>, unsigned(ceil_div(cols, int64_t(kWarp))), 1024, 0, stream,

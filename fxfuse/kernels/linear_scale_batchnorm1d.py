@@ -24,6 +24,7 @@ _ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
 SMALL_ROWS = 1024  # kSmallRows: up to here statistics and normalisation can be one launch
 SMALL_ELEMENTS = 1 << 20  # ... and up to here that is the quicker way
 _TOO_LARGE_TO_COOPERATE = 720  # cudaErrorCooperativeLaunchTooLarge
+_NOT_SUPPORTED = 801  # cudaErrorNotSupported: FXFUSE_PORTABLE was set since the call was kept
 _PRODUCT_ROWS = 64  # rows of a partial that the Hopper GEMM writes
 
 #: How a batch's statistics reached ``train_apply``: (partials [blocks, N, 2], rows of a block); None: not computed yet.
@@ -247,7 +248,7 @@ def _train(
             counters.data_ptr(), saved.data_ptr(), batches, m, n, weight.size(1), a[1], b[1], *arguments, device, queue,
         )  # fmt: skip
     except KernelError as error:
-        if error.code != _TOO_LARGE_TO_COOPERATE:
+        if error.code not in (_TOO_LARGE_TO_COOPERATE, _NOT_SUPPORTED):
             raise
         return None
     return out, acc, saved

@@ -3,6 +3,10 @@
 // Threads copy their own 16-byte pieces of x into shared memory asynchronously, several rows ahead, and read back only
 // what they copied themselves: the pipeline needs no barrier. Started beside the kernel that computes v (see pdl.cuh),
 // it fills the multiprocessor's shared memory with x while that kernel still runs.
+//
+// Rows that are no multiple of 16 bytes long begin off a piece by a number of elements that comes back every `phases`
+// rows: a block keeps to rows of one phase, so that v stays in registers. The elements before a row's first whole piece and
+// behind its last are loaded one by one when a tile begins, and added when it ends.
 #pragma once
 
 #include "rowdot_any.cuh"
@@ -10,6 +14,9 @@
 namespace fxfuse {
 
 constexpr int kRowdotTile = 8;  // rows that are reduced together
+// From this size on, rows off 16 bytes are read in pieces if v fits the registers: below, single elements are as quick,
+// with less to set up.
+constexpr int64_t kPhasedBytes = 4 << 20;
 
 // By the number of 16-byte pieces of a row per thread: rows in flight, and blocks that share a multiprocessor. Together
 // they fill its shared memory, and leave room for the kernel that computes v in its registers.
@@ -37,12 +44,12 @@ struct RowdotCursor {
   int64_t tile;
   int panel, row;
   template <typename Args>
-  __device__ __forceinline__ void advance(const Args& args) {
+  __device__ __forceinline__ void advance(const Args& args, int64_t blocks) {
     if (++row < args.tile_rows) return;
     row = 0;
     if (++panel < args.panels) return;
     panel = 0;
-    tile += gridDim.x;
+    tile += blocks;
   }
 };
 
@@ -66,36 +73,62 @@ __device__ __forceinline__ double reduce_tile(const float (&sum)[kRowdotTile]) {
   return warp_sum<4>(value[0]);
 }
 
-// CHUNKS: 16-byte pieces of a panel per thread.
-template <typename T, int CHUNKS>
+// CHUNKS: 16-byte pieces of a panel per thread. PHASED: rows may begin and end anywhere.
+template <typename T, int CHUNKS, bool PHASED>
 __global__ void __launch_bounds__(kRowdotThreads, RowdotShape<T, CHUNKS>::kRegisterBlocks)
     rowdot_kernel(RowdotArgs<T> args) {
   constexpr int kVec = Pack<T>::N;
   constexpr int kStages = RowdotShape<T, CHUNKS>::kStages;
   extern __shared__ uint4 ring[];  // [stage][chunk][thread]
+  constexpr int kEdge = 2 * kVec, kEdgeSteps = PHASED ? kRowdotTile * (kRowdotThreads / kWarp) * kEdge / kRowdotThreads : 1;
   __shared__ double shared[2][kRowdotTile][kRowdotThreads / kWarp];
+  __shared__ float edge_sums[PHASED ? kRowdotTile * (kRowdotThreads / kWarp) : 1];
   const int lanes = 1 << args.lanes_log2;
   const int lane = threadIdx.x & (lanes - 1);
   const int group = threadIdx.x >> args.lanes_log2;
   const int groups = kRowdotThreads >> args.lanes_log2;
-  const int64_t tiles = ceil_div(args.rows, int64_t(args.tile_rows) * groups);
+  // The block among those of its phase, and that phase's rows, of which number r is row r * phases + phase.
+  const int phases = PHASED ? args.phases : 1, phase = PHASED ? int(blockIdx.x) % phases : 0;
+  const int64_t block = blockIdx.x / phases, blocks = gridDim.x / phases;
+  const int64_t rows = PHASED ? ceil_div(args.rows - phase, int64_t(phases)) : args.rows;
+  // Elements of a row before its first whole piece; the row's pieces.
+  const T* const base = args.x + phase * args.ld;
+  const int head = PHASED ? int(-reinterpret_cast<uintptr_t>(base) & 15) / int(sizeof(T)) : 0;
+  const int64_t row_chunks = PHASED ? (args.cols - head) / kVec : args.chunks;
+  const int64_t tiles = ceil_div(rows, int64_t(args.tile_rows) * groups);
   const auto row_of = [&](int64_t tile, int row) { return (tile * args.tile_rows + row) * groups + group; };
-  const auto panel_end = [&](int panel) { return min((panel + 1) * args.panel_chunks, args.chunks); };
+  const auto panel_end = [&](int panel) { return min((panel + 1) * args.panel_chunks, row_chunks); };
+  const auto store = [&](int64_t tile, int r, int group_of_row, double sum) {
+    const int64_t row = (tile * args.tile_rows + r) * groups + group_of_row;
+    if (PHASED) sum += edge_sums[r * groups + group_of_row];
+    if (row < rows) store_row(args, row * phases + phase, sum);
+  };
+  // The single elements of the tile's rows, kEdge threads a row: before its pieces and behind them.
+  const auto load_edges = [&](int64_t tile, float (&products)[kEdgeSteps]) {
+#pragma unroll
+    for (int step = 0; step < kEdgeSteps; ++step) {
+      const int number = (step * kRowdotThreads + int(threadIdx.x)) / kEdge, e = threadIdx.x % kEdge;
+      const int64_t row = tile * args.tile_rows * groups + number;
+      const int64_t k = e < kVec ? e : head + row_chunks * kVec + (e - kVec);
+      const bool valid = number < args.tile_rows * groups && row < rows && (e < kVec ? e < head : k < args.cols);
+      products[step] = valid ? to_float(__ldg(base + row * phases * args.ld + k)) * args.v[k] : 0.f;
+    }
+  };
 
-  RowdotCursor next = {int64_t(blockIdx.x), 0, 0};
+  RowdotCursor next = {block, 0, 0};
   uint4* slot = ring + threadIdx.x;  // the oldest stage, which is read and then filled again
   const auto fill = [&](uint4* to) {
     if (next.tile < tiles) {
       const int64_t row = row_of(next.tile, next.row);
       const int64_t first = next.panel * args.panel_chunks + lane;
-      const int64_t end = row < args.rows ? panel_end(next.panel) : 0;
-      const T* from = args.x + row * args.ld + first * kVec;
+      const int64_t end = row < rows ? panel_end(next.panel) : 0;
+      const T* from = base + head + row * phases * args.ld + first * kVec;
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c, from += lanes * kVec) {
         const bool valid = first + c * lanes < end;
-        copy_async16(to + c * kRowdotThreads, valid ? from : args.x, valid);
+        copy_async16(to + c * kRowdotThreads, valid ? from : base + head, valid);
       }
-      next.advance(args);
+      next.advance(args, blocks);
     }
     copy_commit();
   };
@@ -105,10 +138,15 @@ __global__ void __launch_bounds__(kRowdotThreads, RowdotShape<T, CHUNKS>::kRegis
     for (int c = 0; c < CHUNKS; ++c) {
       const int64_t chunk = panel * args.panel_chunks + c * lanes + lane;
       const bool valid = chunk < panel_end(panel);
+      if constexpr (PHASED) {
 #pragma unroll
-      for (int i = 0; i < kVec; i += 4) {
-        const float4 part = valid ? *reinterpret_cast<const float4*>(args.v + chunk * kVec + i) : float4{0, 0, 0, 0};
-        v[c][i] = part.x, v[c][i + 1] = part.y, v[c][i + 2] = part.z, v[c][i + 3] = part.w;
+        for (int i = 0; i < kVec; ++i) v[c][i] = valid ? args.v[head + chunk * kVec + i] : 0.f;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVec; i += 4) {
+          const float4 part = valid ? *reinterpret_cast<const float4*>(args.v + chunk * kVec + i) : float4{0, 0, 0, 0};
+          v[c][i] = part.x, v[c][i + 1] = part.y, v[c][i + 2] = part.z, v[c][i + 3] = part.w;
+        }
       }
     }
   };
@@ -120,12 +158,13 @@ __global__ void __launch_bounds__(kRowdotThreads, RowdotShape<T, CHUNKS>::kRegis
   if (!args.v_ready) load_v(0);
   const double beta = args.beta != nullptr ? *args.beta : 0.0;
   int parity = 0;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    float sum[kRowdotTile];
+  for (int64_t tile = block; tile < tiles; tile += blocks) {
+    float sum[kRowdotTile], edges[kEdgeSteps];
 #pragma unroll
     for (int r = 0; r < kRowdotTile; ++r) sum[r] = 0;
+    if constexpr (PHASED) load_edges(tile, edges);
     for (int panel = 0; panel < args.panels; ++panel) {
-      if (args.panels > 1 && (panel > 0 || tile != int64_t(blockIdx.x))) load_v(panel);
+      if (args.panels > 1 && (panel > 0 || tile != block)) load_v(panel);
 #pragma unroll
       for (int r = 0; r < kRowdotTile; ++r) {
         if (r < args.tile_rows) {
@@ -145,22 +184,28 @@ __global__ void __launch_bounds__(kRowdotThreads, RowdotShape<T, CHUNKS>::kRegis
         }
       }
     }
+    if constexpr (PHASED) {
+      __syncthreads();  // the last tile's have been read
+#pragma unroll
+      for (int step = 0; step < kEdgeSteps; ++step) {
+        for (int other = kEdge / 2; other > 0; other /= 2)
+          edges[step] += __shfl_xor_sync(0xffffffffu, edges[step], other);
+        if (threadIdx.x % kEdge == 0) edge_sums[(step * kRowdotThreads + threadIdx.x) / kEdge] = edges[step];
+      }
+      __syncthreads();
+    }
     if (lanes < kWarp) {
 #pragma unroll
       for (int r = 0; r < kRowdotTile; ++r) {
         double total = sum[r];
         for (int other = lanes / 2; other > 0; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
-        if (lane == 0 && r < args.tile_rows && row_of(tile, r) < args.rows) {
-          store_row(args, row_of(tile, r), total + beta);
-        }
+        if (lane == 0 && r < args.tile_rows) store(tile, r, group, total + beta);
       }
     } else {
       const int r = (threadIdx.x >> 2) & 7;
       const double total = reduce_tile(sum);
       if (lanes == kWarp) {
-        if (threadIdx.x % 4 == 0 && r < args.tile_rows && row_of(tile, r) < args.rows) {
-          store_row(args, row_of(tile, r), total + beta);
-        }
+        if (threadIdx.x % 4 == 0 && r < args.tile_rows) store(tile, r, group, total + beta);
       } else if (threadIdx.x % 4 == 0) {
         shared[parity][r][threadIdx.x / kWarp] = total;
       }
@@ -169,53 +214,36 @@ __global__ void __launch_bounds__(kRowdotThreads, RowdotShape<T, CHUNKS>::kRegis
       __syncthreads();  // one per tile: the next tile writes the other half of `shared`
       if (int(threadIdx.x) < args.tile_rows * groups) {
         const int r = threadIdx.x / groups, g = threadIdx.x % groups, warps = lanes / kWarp;
-        const int64_t row = (tile * args.tile_rows + r) * groups + g;
         double total = 0;
         for (int w = 0; w < warps; ++w) total += shared[parity][r][g * warps + w];
-        if (row < args.rows) store_row(args, row, total + beta);
+        store(tile, r, g, total + beta);
       }
       parity ^= 1;
     }
   }
 }
 
-template <typename T, int CHUNKS>
+template <typename T, int CHUNKS, bool PHASED>
 inline cudaError_t launch_rowdot_chunks(const DeviceProps& props, const RowdotArgs<T>& args, cudaStream_t stream) {
   using Shape = RowdotShape<T, CHUNKS>;
-  constexpr auto kKernel = rowdot_kernel<T, CHUNKS>;
+  constexpr auto kKernel = rowdot_kernel<T, CHUNKS, PHASED>;
   const cudaError_t error = prepare_shared_memory<kKernel>(Shape::kRing);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = int64_t(Shape::kBlocks) * props.sm_count;
+  const int64_t blocks = max(int64_t(1), int64_t(Shape::kBlocks) * props.sm_count / args.phases);  // of each phase
+  const int64_t rows = ceil_div(args.rows, int64_t(args.phases));
   const int64_t groups = kRowdotThreads >> args.lanes_log2;
   RowdotArgs<T> a = args;
   // Long tiles share a reduction, short ones spread few rows over the machine.
-  a.tile_rows = int(max(int64_t(1), min(int64_t(kRowdotTile), ceil_div(args.rows, groups * blocks))));
-  const int64_t tiles = ceil_div(args.rows, groups * a.tile_rows);
-  return launch(props, !a.v_ready, kKernel, unsigned(min(tiles, blocks)), kRowdotThreads, Shape::kRing, stream, a);
+  a.tile_rows = int(max(int64_t(1), min(int64_t(kRowdotTile), ceil_div(rows, groups * blocks))));
+  const unsigned grid = unsigned(min(ceil_div(rows, groups * a.tile_rows), blocks) * a.phases);
+  return launch(props, !a.v_ready, kKernel, grid, kRowdotThreads, Shape::kRing, stream, a);
 }
 
-// args.{chunks, lanes_log2, panels, panel_chunks, tile_rows} are set here. v is 16-byte aligned. Where v is not ready,
-// the kernel launched just before on this stream is one of this library that computes it.
-template <typename T>
-inline cudaError_t launch_rowdot(const DeviceProps& props, RowdotArgs<T> args, int64_t cols, cudaStream_t stream) {
-  constexpr int kVec = Pack<T>::N;
-  constexpr int kMost = 32 / kVec;  // pieces per thread: 32 values of v stay in registers
-  if (args.rows == 0) return cudaSuccess;
-  if (!aligned16(args.x) || args.ld % kVec != 0 || cols % kVec != 0 || cols == 0) {
-    // Rows share v where there are enough of them to keep every multiprocessor busy; few rows are spread out.
-    const int64_t few = int64_t(2) * props.sm_count;  // blocks
-    if (cols <= 128) {
-      if (args.rows > 128 * few) return launch_rowdot_any<T, 8, 4>(props, args, cols, stream);
-      return launch_rowdot_any<T, 8, 1>(props, args, cols, stream);
-    }
-    if (cols <= 2048 && args.rows > 32 * few) return launch_rowdot_any<T, kWarp, 4>(props, args, cols, stream);
-    if (cols <= 512) return launch_rowdot_any<T, kWarp, 1>(props, args, cols, stream);
-    if (args.rows > 2 * few) return launch_rowdot_any<T, kRowdotThreads, 2>(props, args, cols, stream);
-    return launch_rowdot_any<T, kRowdotThreads, 1>(props, args, cols, stream);
-  }
+template <typename T, bool PHASED>
+inline cudaError_t launch_rowdot_pieces(const DeviceProps& props, RowdotArgs<T> args, cudaStream_t stream) {
+  constexpr int kMost = 32 / Pack<T>::N;  // pieces per thread: 32 values of v stay in registers
   // The largest ring is for Hopper's shared memory.
   const int64_t most = RowdotShape<T, kMost>::kRing <= props.smem_per_block ? kMost : kMost / 2;
-  args.chunks = cols / kVec;
   args.panels = int(ceil_div(args.chunks, kRowdotThreads * most));
   args.panel_chunks = ceil_div(args.chunks, int64_t(args.panels));
   args.lanes_log2 = 0;
@@ -224,11 +252,41 @@ inline cudaError_t launch_rowdot(const DeviceProps& props, RowdotArgs<T> args, i
     ++args.lanes_log2;
   }
   const int64_t chunks = ceil_div(args.panel_chunks, int64_t(1) << args.lanes_log2);
-  if (chunks <= 1) return launch_rowdot_chunks<T, 1>(props, args, stream);
-  if (chunks <= 2) return launch_rowdot_chunks<T, 2>(props, args, stream);
-  if (chunks <= 4) return launch_rowdot_chunks<T, 4>(props, args, stream);
-  if constexpr (kMost == 8) return launch_rowdot_chunks<T, 8>(props, args, stream);
+  if (chunks <= 1) return launch_rowdot_chunks<T, 1, PHASED>(props, args, stream);
+  if (chunks <= 2) return launch_rowdot_chunks<T, 2, PHASED>(props, args, stream);
+  if (chunks <= 4) return launch_rowdot_chunks<T, 4, PHASED>(props, args, stream);
+  if constexpr (kMost == 8) return launch_rowdot_chunks<T, 8, PHASED>(props, args, stream);
   return cudaErrorInvalidValue;
+}
+
+// args.{cols, phases, chunks, lanes_log2, panels, panel_chunks, tile_rows} are set here. v is 16-byte aligned. Where v is
+// not ready, the kernel launched just before on this stream is one of this library that computes it.
+template <typename T>
+inline cudaError_t launch_rowdot(const DeviceProps& props, RowdotArgs<T> args, int64_t cols, cudaStream_t stream) {
+  constexpr int kVec = Pack<T>::N;
+  if (args.rows == 0) return cudaSuccess;
+  args.cols = cols;
+  args.phases = 1;
+  if (aligned16(args.x) && args.ld % kVec == 0 && cols % kVec == 0 && cols > 0) {
+    args.chunks = cols / kVec;
+    return launch_rowdot_pieces<T, false>(props, args, stream);
+  }
+  // Rows share v where there are enough of them to keep every multiprocessor busy; few rows are spread out.
+  const int64_t few = int64_t(2) * props.sm_count;  // blocks
+  if (cols <= 128) {
+    if (args.rows > 128 * few) return launch_rowdot_any<T, 8, 4>(props, args, cols, stream);
+    return launch_rowdot_any<T, 8, 1>(props, args, cols, stream);
+  }
+  if (cols <= 512) return launch_rowdot_any<T, kWarp, 1>(props, args, cols, stream);
+  args.chunks = cols / kVec;  // of the phase with most
+  if (args.rows * cols * int64_t(sizeof(T)) >= kPhasedBytes && args.chunks * kVec <= 32 * kRowdotThreads) {
+    args.phases = kVec;
+    for (int64_t step = args.ld; args.phases > 1 && step % 2 == 0; step /= 2) args.phases /= 2;
+    return launch_rowdot_pieces<T, true>(props, args, stream);
+  }
+  if (cols <= 2048 && args.rows > 32 * few) return launch_rowdot_any<T, kWarp, 4>(props, args, cols, stream);
+  if (args.rows > 2 * few) return launch_rowdot_any<T, kRowdotThreads, 2>(props, args, cols, stream);
+  return launch_rowdot_any<T, kRowdotThreads, 1>(props, args, cols, stream);
 }
 
 }  // namespace fxfuse

@@ -10,7 +10,8 @@ constexpr int kRowdotThreads = 256;
 template <typename T>
 struct RowdotArgs {
   const T* x;            // [rows, cols], row stride ld
-  int64_t ld, rows;
+  int64_t ld, rows, cols;
+  int phases;            // rows after which the offset of a row's begin from a multiple of 16 bytes comes back
   int64_t chunks;        // 16-byte pieces of a row
   const float* v;        // [cols]
   const double* beta;    // one number, or null

@@ -82,6 +82,31 @@ def test_close_to_float64(shape: tuple[int, int, int], dtype: torch.dtype, layou
         assert bool(((out.double() - want).abs() <= allowed).all()), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("pitch", [0, 1, 6])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1031, 9, 4099), (4099, 5, 1027), (259, 7, 20483), (2057, 3, 2048), (7, 5, 400001)]
+)
+def test_rows_off_sixteen_bytes_among_nan(m: int, n: int, k: int, pitch: int, ahead: int, dtype: torch.dtype) -> None:
+    """Rows that begin anywhere, large enough to be read in pieces: NaN between them does not count."""
+    held = torch.full((ahead + (m - 1) * (k + pitch) + k,), float("nan"), device="cuda", dtype=dtype)
+    x = held.as_strided((m, k), (k + pitch, 1), ahead)
+    x.copy_(torch.randn(m, k, device="cuda"))
+    w, g = random(n, k, dtype=dtype), random(m, dtype=dtype)
+    y = kernel.forward(x, w, None, 0.37)[0]
+    dw = kernel.backward(g, x, None, n, 0.37, (False, True, False))[1]
+    assert dw is not None
+    (want, size), _, (want_w, size_w) = exact(x, w, None, g)
+    unit = torch.finfo(dtype).eps
+    for out, best, terms in ((y, want, size), (dw, want_w, size_w)):
+        assert bool(((out.double() - best).abs() <= 0.51 * unit * best.abs() + 5e-7 * terms).all())
+    again = kernel.forward(x, w, None, 0.37)[0], kernel.backward(g, x, None, n, 0.37, (False, True, False))[1]
+    assert torch.equal(y, again[0]) and torch.equal(dw, again[1])  # type: ignore[arg-type]
+    sliced = kernel.column_sums(x, None)[:k].double()  # x as a weight, whose columns are summed without one
+    assert bool(((sliced - x.double().sum(0)).abs() <= 5e-7 * x.double().abs().sum(0)).all())
+
+
 @pytest.mark.parametrize("kind", ["random", "positive", "cancelling columns", "mirrored rows"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_worse_than_eager(dtype: torch.dtype, kind: str) -> None:
