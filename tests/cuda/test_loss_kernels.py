@@ -379,6 +379,31 @@ def test_memory_is_the_gradients_and_rows() -> None:
     assert torch.cuda.max_memory_allocated() - before <= s.nbytes + 4 * 2**20
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 << 30,
+    reason="needs 60 GB of GPU memory",
+)
+def test_more_elements_than_an_int_counts() -> None:
+    """2.2 G elements in bfloat16: the last rows have the gradients that they have alone, and the losses add up."""
+    rows, vocab, tail = 17_200, 128_000, 100
+    s, t = (torch.empty(rows, vocab, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
+    assert s.numel() > 2**31
+
+    def losses(s: Tensor, t: Tensor) -> list[Tensor]:
+        leaf = s.detach().requires_grad_()
+        found = []
+        for loss in (distillation_kl(leaf, t, -1, 2.0, 2.0, 1.0, "sum"), kl_div(leaf, t, "sum", True)):
+            found += [loss.detach(), torch.autograd.grad(loss, leaf)[0][-tail:].clone()]
+        return found
+
+    whole, last = losses(s, t), losses(s[-tail:], t[-tail:])
+    parts = [losses(a, b) for a, b in zip(s.split(4300), t.split(4300), strict=True)]
+    for i in (0, 2):
+        assert torch.equal(whole[i + 1], last[i + 1])
+        total = sum(float(p[i]) for p in parts)
+        assert abs(float(whole[i]) / total - 1) < 1e-2
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_the_second_device(loss: Callable[..., Tensor]) -> None:
     s, t = torch.randn(2, 40, 32000)
