@@ -6,16 +6,13 @@ runs of nodes far from any replacement become one "… 12 nodes …". The backgr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
+from fxfuse.drawing import Drawing
 from fxfuse.layout import Layout, arrange
-
-if TYPE_CHECKING:
-    from fxfuse.report import Drawing, Report
 
 __all__ = ["draw"]
 
@@ -50,17 +47,17 @@ class _Node:
         return width + 22.0, 12.0 + _LINE + 13.0 * len(self.small)
 
 
-def draw(report: Report, path: str) -> str:
-    """Write every graph of a report, before and after, to ``path``; ``.svg`` or ``.dot`` by its ending.
+def draw(heading: str, drawings: Sequence[Drawing], path: str) -> str:
+    """Write every graph, before and after, to ``path`` under a heading; ``.svg`` or ``.dot`` by its ending.
 
     Returns the path. Raises ValueError for another ending and OSError where the file cannot be written.
     """
     ending = Path(path).suffix.lower()
     if ending not in (".svg", ".dot"):
         raise ValueError(f"a drawing is written as .svg or .dot, not as {ending or 'a file without an ending'!r}")
-    marks = sorted({mark for d in report.drawings for *_, mark in (*d.before, *d.after) if mark})
+    marks = sorted({mark for d in drawings for *_, mark in (*d.before, *d.after) if mark})
     colours = {mark: _COLOURS[i % len(_COLOURS)] for i, mark in enumerate(marks)}
-    text = _svg(report, colours) if ending == ".svg" else _dot(report, colours)
+    text = (_svg if ending == ".svg" else _dot)(heading, drawings, colours)
     Path(path).write_text(text, encoding="utf-8")
     return path
 
@@ -156,23 +153,23 @@ def _near(nodes: list[_Node]) -> set[str]:
 # --- SVG -------------------------------------------------------------------------------------------------------------
 
 
-def _svg(report: Report, colours: dict[str, tuple[str, str]]) -> str:
+def _svg(title: str, drawings: Sequence[Drawing], colours: dict[str, tuple[str, str]]) -> str:
     body: list[str] = []
     width, y = 360.0, _MARGIN + 18
-    body.append(_text(_MARGIN, y, report.heading(), 15, _INK, "start", bold=True))
+    body.append(_text(_MARGIN, y, title, 15, _INK, "start", bold=True))
     y, width = _legend(body, colours, y + 14, width)
-    for drawing, places in _alike(report.drawings):
+    for drawing, places in _alike(drawings):
         y, right = _pair(body, drawing, colours, y, "" if places == [""] else _listed(places))
         width = max(width, right)
-    if not report.drawings:
+    if not drawings:
         y += 30
         body.append(_text(_MARGIN, y, "No node was replaced: the graph is as it was.", 12, _SOFT, "start"))
-    width, height = max(width, len(report.heading()) * 9.2) + _MARGIN, y + _MARGIN
+    width, height = max(width, len(title) * 9.2) + _MARGIN, y + _MARGIN
     frame = f'width="{width - 1:.0f}" height="{height - 1:.0f}" rx="10" fill="{_PAPER}" stroke="#d0d4da"'
     w, h, xmlns = f"{width:.0f}", f"{height:.0f}", "http://www.w3.org/2000/svg"
     head = [
         f'<svg xmlns="{xmlns}" viewBox="0 0 {w} {h}" width="{w}" height="{h}" font-family="{_FONT}">',
-        f"<title>{escape(report.heading())}</title>",
+        f"<title>{escape(title)}</title>",
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">',
         f'<path d="M0,0.8 L7.4,4 L0,7.2 z" fill="{_SOFT}"/></marker></defs>',
         f'<rect x="0.5" y="0.5" {frame}/>',
@@ -254,15 +251,15 @@ def _text(x: float, y: float, text: str, size: int, colour: str, anchor: str, bo
 # --- DOT -------------------------------------------------------------------------------------------------------------
 
 
-def _dot(report: Report, colours: dict[str, tuple[str, str]]) -> str:
+def _dot(title: str, drawings: Sequence[Drawing], colours: dict[str, tuple[str, str]]) -> str:
     lines = [
         "digraph fxfuse {",
-        f'  bgcolor="{_PAPER}"; label={_quoted(report.heading())}; labelloc=t; fontname="monospace";',
+        f'  bgcolor="{_PAPER}"; label={_quoted(title)}; labelloc=t; fontname="monospace";',
         '  node [shape=box, style="rounded,filled", fontname="monospace", fontsize=11];',
         f'  node [fillcolor="{_PLAIN[0]}", color="{_PLAIN[1]}", fontcolor="{_INK}"];',
         f'  edge [color="{_SOFT}"];',
     ]
-    for number, (drawing, places) in enumerate(_alike(report.drawings)):
+    for number, (drawing, places) in enumerate(_alike(drawings)):
         for heading, rows in (("before", drawing.before), ("after", drawing.after)):
             prefix = f"{heading}{number}_"
             lines.append(f"  subgraph cluster_{heading}{number} {{")

@@ -18,11 +18,12 @@ from torch import fx, nn
 
 from fxfuse.capture import Captured, called_only, capture
 from fxfuse.choice import Choice, owner_of
+from fxfuse.drawing import Drawing
 from fxfuse.known import call_of, steps_of
 from fxfuse.match import Match, Miss
 from fxfuse.pattern import Pattern
 from fxfuse.plan import Plan, Variant, compile_graph, install, original_class
-from fxfuse.report import Drawing, Replacement, Report, Untraced
+from fxfuse.report import Replacement, Report, Untraced
 from fxfuse.rewrite import Found, Fuel, find, replace
 from fxfuse.signature import Signature, Untraceable, forward_signature
 from fxfuse.view import View, why_called_only

@@ -6,10 +6,12 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fxfuse.drawing import Drawing
+
 if TYPE_CHECKING:
     from fxfuse.match import Miss
 
-__all__ = ["Drawing", "NearMiss", "Replacement", "Report", "Step", "Tensor", "Undone", "Untraced"]
+__all__ = ["NearMiss", "Replacement", "Report", "Step", "Tensor", "Undone", "Untraced"]
 
 WAY_IN = 'torch.compile(model, backend="fxfuse")'
 
@@ -97,19 +99,6 @@ class Undone:
     bound: float
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A graph before and after, as (node name, label, names of the nodes it reads, pattern or '').
-
-    ``layers`` gives the class of every module that is called, by path.
-    """
-
-    where: str
-    before: tuple[tuple[str, str, tuple[str, ...], str], ...]
-    after: tuple[tuple[str, str, tuple[str, ...], str], ...]
-    layers: dict[str, str] = field(default_factory=dict)
-
-
 @dataclass
 class Report:
     """What a run of the compiler did to one model or graph. ``print()`` it, or read its fields.
@@ -164,7 +153,7 @@ class Report:
         """
         from fxfuse.draw import draw
 
-        return draw(self, path)
+        return draw(self.heading(), self.drawings, path)
 
     def __str__(self) -> str:
         parts = [self.heading()]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import draw as drawing
+from fxfuse.drawing import Drawing
 from fxfuse.layout import arrange
-from fxfuse.report import Drawing, Report
+from fxfuse.report import Report
 
 torch.set_num_threads(1)
 SVG = "{http://www.w3.org/2000/svg}"
