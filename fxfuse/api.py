@@ -13,7 +13,7 @@ from torch import nn
 
 from fxfuse.capture import capture
 from fxfuse.choice import Choice
-from fxfuse.fuse import Compiler, configure_logging, variant_of
+from fxfuse.fuse import Compiler, build_variant, configure_logging, variant_of
 from fxfuse.pattern import Pattern, available, select
 from fxfuse.plan import Plan, plan_of, uninstall
 from fxfuse.report import Report, Untraced
@@ -155,7 +155,8 @@ def _optimize_function(
             from fxfuse.examples import annotate
 
             annotate(captured, signature, example)
-        plan = Plan(tuple(p.name for p in patterns), signature, freeze, patterns, function, choice=choice)
+        names = tuple(p.name for p in patterns)
+        plan = Plan(names, signature, freeze, patterns, function, choice=choice, build=build_variant)
         plan.variants[kinds] = [variant_of(captured, patterns, result, "", freeze, choice=choice)]
     except Untraceable as reason:
         result.untraceable.append(Untraced("", str(reason)))

@@ -313,7 +313,8 @@ class Compiler:
         """Give a module a plan with the graph just made, and with the other mode's where the mode was read."""
         signature = forward_signature(type(module))
         kinds = self._kinds(signature, path)
-        plan = Plan(tuple(p.name for p in self.patterns), signature, self.freeze, tuple(self.patterns))
+        names = tuple(p.name for p in self.patterns)
+        plan = Plan(names, signature, self.freeze, tuple(self.patterns), build=build_variant)
         plan.choice, plan.where = self.choice, path
         first = variant_of(captured, self.patterns, self.report, path, self.freeze, found)
         if first.run is None:

@@ -63,6 +63,8 @@ class Plan:
         choice, where: what verification took back, and the module's path by which it is told apart.
         variants: kinds -> graphs; several where modes differ.
         aside: for which sizes the original forward does just what the graphs would.
+        build: makes the graph of a new kind of call: ``build(plan, owner, kinds)``. The compiler, which knows plans; a
+            plan knows it by this alone.
     """
 
     patterns: tuple[str, ...]
@@ -74,6 +76,7 @@ class Plan:
     choice: Choice | None = None
     where: str = ""
     aside: Aside = field(default_factory=Aside)
+    build: Callable[[Plan, Any, tuple[Any, ...]], Variant] = field(kw_only=True)
 
     def __call__(self, owner: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call: by the graph that fits, else by ``original``: a forward of the owner, or a function."""
@@ -119,9 +122,7 @@ class Plan:
                     return variant
             if sum(len(v) for v in self.variants.values()) >= MOST_VARIANTS:
                 return None
-            from fxfuse.fuse import build_variant  # the compiler itself is needed only here
-
-            variant = build_variant(self, owner, kinds)
+            variant = self.build(self, owner, kinds)
             self.variants.setdefault(kinds, []).append(variant)
             return variant
 
@@ -133,7 +134,8 @@ class Plan:
         return self  # nothing in it belongs to one instance
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"patterns": self.patterns, "freeze": self.freeze, "choice": self.choice, "where": self.where}
+        kept = ("patterns", "freeze", "choice", "where", "build")
+        return {name: getattr(self, name) for name in kept}
 
     def revive(self, forward: Callable[..., Any]) -> None:
         """Complete a plan that came out of a pickle."""
