@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from _op_samples import EVERY, Sample, copies, first_of, plain_kl_div
 from torch import Tensor
 
 from fxfuse import ops
+from fxfuse.ops._op import Op
+from fxfuse.ops._road import Road
 
 
 @EVERY
@@ -89,3 +93,29 @@ def test_functorch_transforms(transform: str) -> None:
 
     torch.testing.assert_close(run(kl), run(plain_kl_div))
     torch.testing.assert_close(run(torch.ops.fxfuse.kl_div), run(plain_kl_div))
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_backward_may_free_what_it_has_used(retain: bool) -> None:
+    """What it drops from `saved` is gone at once, unless the graph is retained and will want it again."""
+    alive: list[bool] = []
+
+    def forward(road: Road, x: Tensor, wanted: Sequence[bool] = ()) -> tuple[Tensor, Sequence[Tensor]]:
+        kept = x.exp()
+        return kept.clone(), (kept,)
+
+    def backward(road: Road, grad: Tensor, saved: list[Tensor], x: Tensor, wanted: Sequence[bool]) -> Sequence[Tensor]:
+        kept = saved.pop()
+        there, dx = weakref.ref(kept), grad * kept
+        del kept
+        alive.append(there() is not None)
+        return (dx,)
+
+    ways: dict[str, Any] = {"road": lambda x: Road("closed", ""), "forward": forward, "backward": backward}
+    op = Op(f"fxfuse_test::freed_{retain}", "(Tensor x) -> Tensor", torch.exp, saves=lambda x, wanted: (x,), **ways)
+    x = torch.randn(5, requires_grad=True)
+    out = op.call(x)
+    for _ in range(1 + retain):
+        (dx,) = torch.autograd.grad(out.sum(), x, retain_graph=retain)
+        torch.testing.assert_close(dx, x.exp())
+    assert alive == [retain] * (1 + retain)
