@@ -222,6 +222,33 @@ def times(rows: list[list[Any]], ceiling: dict[str, float], compare: bool) -> No
                     comp,
                 )
                 eager = comp = None
+    certain_teachers(line, compare)
+
+
+def certain_teachers(line, compare: bool) -> None:
+    """Gradients of student and teacher where the teacher is nearly certain in no row, every tenth or all of them."""
+    rows, vocab = 4096, 128256
+    for dtype, every in itertools.product((torch.float32, torch.bfloat16), (0, 10, 1)):
+        s, t = (torch.randn(rows, vocab, device=DEVICE, dtype=dtype) for _ in range(2))
+        if every:
+            t[::every, 7] = 60.0
+
+        def call(s=s, t=t):
+            return distillation(s, t, ts=2.0, tt=2.0, scale=4.0, factor=1 / rows, grad_s=True, grad_t=True)
+
+        leaves = [x.clone().requires_grad_() for x in (s, t)]
+
+        def eager(leaves=leaves):
+            torch.autograd.grad(eager_distillation(*leaves, 2.0, 2.0, 4.0, "batchmean", False), leaves)
+
+        line(
+            f"distill {NAMES[dtype]} {rows}x{vocab} both grads, certain: {f'1 of {every}' if every else 'none'}",
+            median_ms(call),
+            4 * s.nbytes,
+            "copy",
+            None,
+            median_ms(eager, 8, 2) if compare else None,
+        )
 
 
 def call_overhead() -> dict[str, float]:

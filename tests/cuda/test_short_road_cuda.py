@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import weakref
 
 import pytest
 import torch
-from products import KINDS, Errors, dtype_of, randn
+from products import KINDS, Errors, dtype_of, poison, randn
 from torch import nn
 from torch.nn import functional as F
 
 import fxfuse
-from fxfuse.kernels import gemm, loader, small_gemm
+from fxfuse.kernels import gemm, small_gemm
 from fxfuse.ops import linear_activation_scale as las_op
 from fxfuse.ops import linear_scale_batchnorm1d as lsb_op
 
@@ -27,12 +26,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def poisoned(request, monkeypatch):
-    """Every result's memory is full of NaN before the kernel writes: an element that it forgets shows."""
-    assert loader.library() is not None, loader.why_unavailable()
-    kind = getattr(request.node, "callspec", None) and request.node.callspec.params.get("kind")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", kind == "tf32")
-    allocate = small_gemm.allocate
-    monkeypatch.setattr(small_gemm, "allocate", lambda *a: allocate(*a).fill_(math.nan))
+    poison(request, monkeypatch)
     las_op.CALLS.forget()
     lsb_op.CALLS.forget()
 

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from products import ACTS, KINDS, Errors, dtype_of, randn
+from products import ACTS, KINDS, Errors, dtype_of, poison, randn
 from torch.nn import functional as F
 
 from fxfuse.kernels import linear_activation_scale as las
 from fxfuse.kernels import linear_scale_batchnorm1d as lsb
-from fxfuse.kernels import loader, small_gemm
+from fxfuse.kernels import small_gemm
 from fxfuse.ops import linear_activation_scale as las_op
 
 pytestmark = [
@@ -28,12 +28,7 @@ SIZES = [
 
 @pytest.fixture(autouse=True)
 def poisoned(request, monkeypatch):
-    """Every result's memory is full of NaN before the kernel writes: an element that it forgets shows."""
-    assert loader.library() is not None, loader.why_unavailable()
-    kind = getattr(request.node, "callspec", None) and request.node.callspec.params.get("kind")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", kind == "tf32")
-    allocate = small_gemm.allocate
-    monkeypatch.setattr(small_gemm, "allocate", lambda *a: allocate(*a).fill_(math.nan))
+    poison(request, monkeypatch)
 
 
 def draws(elements: int) -> int:
