@@ -103,7 +103,7 @@ def _functions() -> _Functions:
 
 
 @functools.lru_cache(maxsize=4096)
-def _block_rows(rows: int) -> int:
+def block_rows(rows: int) -> int:
     """Rows of a partial of the reducing passes (reduction_rows in the source)."""
     found = I64()
     _functions().block_rows(rows, ctypes.addressof(found))
@@ -272,10 +272,10 @@ def train_apply(
     device, dtype = acc.device.index, DTYPE_CODE[acc.dtype]
     saved = torch.empty(3, columns, dtype=torch.float32, device=acc.device)
     if partials is None and (rows > SMALL_ROWS or acc.numel() > SMALL_ELEMENTS):
-        block_rows = _block_rows(rows)
-        scratch = torch.empty(-(-rows // block_rows), columns, 2, dtype=torch.float32, device=acc.device)
+        step = block_rows(rows)
+        scratch = torch.empty(-(-rows // step), columns, 2, dtype=torch.float32, device=acc.device)
         _functions().statistics(acc.data_ptr(), scratch.data_ptr(), rows, columns, dtype, device, stream(device))
-        partials = scratch, block_rows
+        partials = scratch, step
     maps = None if partials is None else torch.empty(3, columns, dtype=torch.float32, device=acc.device)
     _functions().train_apply(
         acc.data_ptr(), out.data_ptr(), None if partials is None else partials[0].data_ptr(),

@@ -10,6 +10,7 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_eval_apply(const void*, void*, in
                                                           const void*, int, const void*, int, float, const void*, int,
                                                           const void*, int, float, const void*, int, const void*, int, int,
                                                           int, int, void*);
+FXFUSE_API int fxfuse_linear_scale_batchnorm1d_statistics(const void*, void*, int64_t, int64_t, int, int, void*);
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train_apply(const void*, void*, const void*, int64_t, void*, void*, int64_t,
                                                            int64_t, const void*, int, const void*, int, const void*, int,
                                                            float, const void*, int, const void*, int, float, void*, int,

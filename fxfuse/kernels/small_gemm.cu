@@ -33,6 +33,7 @@ struct BatchNormCall {
   Product product;
   Vector bias, scale, divisor, gamma, beta, running_mean, running_var;
   int64_t* batches;
+  int64_t block_rows;
   int64_t training;
   double momentum, multiplier;
   float eps;
@@ -94,9 +95,10 @@ FXFUSE_API int fxfuse_after_linear_activation_scale(const void* call, const void
                                               c.pre_scale, c.scale, int(c.product.dtype), int(c.product.device), stream);
 }
 
-// The same for linear_scale_batchnorm1d, on acc[m, n] = x W^T. In training for at most 1024 rows, with saved[3, n] as
-// scratch; a launch more counts the batch.
-FXFUSE_API int fxfuse_after_linear_scale_batchnorm1d(const void* call, const void* acc, void* out, void* saved,
+// The same for linear_scale_batchnorm1d, on acc[m, n] = x W^T. In training scratch is saved[3, n], and where c.block_rows is
+// not 0, maps[3, n] and partials of so many rows behind it: statistics and normalisation are then launches of their own. A
+// launch more counts the batch.
+FXFUSE_API int fxfuse_after_linear_scale_batchnorm1d(const void* call, const void* acc, void* out, void* scratch,
                                                      void* stream) {
   const auto& c = *static_cast<const small::BatchNormCall*>(call);
   const auto& p = c.product;
@@ -107,8 +109,14 @@ FXFUSE_API int fxfuse_after_linear_scale_batchnorm1d(const void* call, const voi
         int(c.divisor.code), float(c.multiplier), c.gamma.data, int(c.gamma.code), c.beta.data, int(c.beta.code), c.eps,
         c.running_mean.data, int(c.running_mean.code), c.running_var.data, int(c.running_var.code), dtype, out_dtype,
         device, stream);
+  float* const saved = static_cast<float*>(scratch);
+  float* const maps = c.block_rows != 0 ? saved + 3 * p.n : nullptr;
+  void* const partials = c.block_rows != 0 ? maps + 3 * p.n : nullptr;
+  if (partials != nullptr)
+    if (const int error = fxfuse_linear_scale_batchnorm1d_statistics(acc, partials, p.m, p.n, dtype, device, stream))
+      return error;
   const int error = fxfuse_linear_scale_batchnorm1d_train_apply(
-      acc, out, nullptr, 0, nullptr, saved, p.m, p.n, c.bias.data, int(c.bias.code), c.scale.data, int(c.scale.code),
+      acc, out, partials, c.block_rows, maps, saved, p.m, p.n, c.bias.data, int(c.bias.code), c.scale.data, int(c.scale.code),
       c.divisor.data, int(c.divisor.code), float(c.multiplier), c.gamma.data, int(c.gamma.code), c.beta.data, int(c.beta.code),
       c.eps, c.running_mean.data, int(c.running_mean.code), c.running_var.data, int(c.running_var.code),
       float(c.momentum), dtype, out_dtype, device, stream);

@@ -65,7 +65,8 @@ class _BatchNormCall(ctypes.Structure):
     _fields_ = [
         ("product", _Product),
         *[(name, _Vector) for name in ("bias", "scale", "divisor", "gamma", "beta", "running_mean", "running_var")],
-        ("batches", PTR), ("training", _I64), ("momentum", _DOUBLE), ("multiplier", _DOUBLE), ("eps", _FLOAT),
+        ("batches", PTR), ("block_rows", _I64), ("training", _I64), ("momentum", _DOUBLE), ("multiplier", _DOUBLE),
+        ("eps", _FLOAT),
     ]  # fmt: skip
 
 
@@ -252,15 +253,23 @@ def after_batchnorm(
     momentum: float,
     batches: Tensor | None,
     with_bias: bool,
+    block_rows: int = 0,
 ) -> AfterProduct:
-    """linear_scale_batchnorm1d behind the library's product; in training for at most 1024 rows. with_bias: the product
-    takes the bias, and c has none."""
+    """linear_scale_batchnorm1d behind the library's product. with_bias: the product takes the bias, and c has none.
+
+    In training all of it is one launch, for at most 1024 rows, or where ``block_rows`` is not 0 (what a partial of the
+    statistics stands for) three.
+    """
     (n, k), m = weight.shape, x.size(0)
     product = _Product(
         None, m, n, k, 0, 0, DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], 0, x.get_device()
     )  # fmt: skip
     call = _batchnorm_call(product, c, running_mean, running_var, training, momentum, batches)
-    return AfterProduct(_functions().after_batchnorm, call, x, out_dtype, with_bias, 3 * n if training else 0)
+    call.block_rows = block_rows
+    scratch = 3 * n if training else 0
+    if block_rows:
+        scratch += 3 * n + 2 * n * -(-m // block_rows)
+    return AfterProduct(_functions().after_batchnorm, call, x, out_dtype, with_bias, scratch)
 
 
 def _batchnorm_call(
@@ -273,7 +282,7 @@ def _batchnorm_call(
     batches: Tensor | None,
 ) -> _BatchNormCall:
     vectors = (c.bias, c.scale, c.divisor, c.weight, c.shift, running_mean, running_var)
-    return _BatchNormCall(product, *map(_vector, vectors), pointer(batches), training, momentum, c.alpha, c.eps)
+    return _BatchNormCall(product, *map(_vector, vectors), pointer(batches), 0, training, momentum, c.alpha, c.eps)
 
 
 def _product(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> _Product:

@@ -415,10 +415,10 @@ def _launch(args: tuple[Any, ...], batches: Tensor | None) -> Launch | None:
         if training and kernels.one_kernel(x, rest[2]):
             return kernels.train_launch(x, weight, c, mean, var, momentum, batches)
         return None
-    if training and not one_pass(x.size(0), weight.size(0)):
-        return None
+    passes = training and not one_pass(x.size(0), weight.size(0))
+    step = kernels.block_rows(x.size(0)) if passes else 0
     with_bias = product_has_bias(x, training)
-    return small_gemm.after_batchnorm(x, weight, c._replace(bias=None) if with_bias else c, *rest, with_bias)
+    return small_gemm.after_batchnorm(x, weight, c._replace(bias=None) if with_bias else c, *rest, with_bias, step)
 
 
 def linear_scale_batchnorm1d_module(

@@ -316,8 +316,9 @@ def test_a_graph_gets_what_is_fastest_on_the_gpu(short):
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_library_s_product_and_a_kept_pass(training, kind, short):
-    """Past the small sizes the short road is the library's product, then the pass."""
-    for model, m in ((Block(2048, 1600), 500), (Head(2048, 1600), 500), (Block(4096, 4096), 3)):
+    """Past the small sizes the short road is the library's product, then the pass; in training of many rows, passes."""
+    blocks = (Block(2048, 1600), 500), (Block(4096, 4096), 3), (Block(300, 72), 5000), (Block(1000, 1203), 1100)
+    for model, m in (*blocks, (Head(2048, 1600), 500)):
         eager, fused = make(model, kind)
         eager.train(training), fused.train(training)
         judge, errors = copy.deepcopy(eager).double(), Errors()
