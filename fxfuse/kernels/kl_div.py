@@ -38,13 +38,20 @@ def forward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The loss (0-d: ``factor`` times the sum, or elementwise), and with ``reduce`` the wanted gradients of it."""
     index = input.device.index
-    out = torch.empty((), dtype=input.dtype, device=input.device) if reduce else torch.empty_like(input)
-    scratch = torch.empty(PARTIALS, dtype=torch.float64, device=input.device) if reduce else None
+    if not reduce:
+        out = torch.empty_like(input)
+        _functions()[0](
+            input.data_ptr(), target.data_ptr(), out.data_ptr(), None, None, None, input.numel(), factor, False,
+            log_target, log_input, DTYPE_CODE[input.dtype], index, stream(index),
+        )  # fmt: skip
+        return out, [None, None]
+    out = torch.empty((), dtype=input.dtype, device=input.device)
+    scratch = torch.empty(PARTIALS, dtype=torch.float64, device=input.device)
     pairs = zip((input, target), wanted or (False, False), strict=True)
     grads = [torch.empty_like(t) if want else None for t, want in pairs]
     _functions()[0](
-        input.data_ptr(), target.data_ptr(), out.data_ptr(), pointer(grads[0]), pointer(grads[1]), pointer(scratch),
-        input.numel(), factor, reduce, log_target, log_input, DTYPE_CODE[input.dtype], index, stream(index),
+        input.data_ptr(), target.data_ptr(), out.data_ptr(), pointer(grads[0]), pointer(grads[1]), scratch.data_ptr(),
+        input.numel(), factor, True, log_target, log_input, DTYPE_CODE[input.dtype], index, stream(index),
     )  # fmt: skip
     return out, grads
 

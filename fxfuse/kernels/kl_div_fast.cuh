@@ -47,6 +47,18 @@ __device__ __forceinline__ float log2_fast(float x) {
   return y;
 }
 
+// log t - log p, with x either p or its logarithm.
+template <bool LOG_INPUT>
+__device__ __forceinline__ float log_ratio(float t, float x) {
+  int exponent;
+  const float log_t = log_mantissa(split_mantissa(t, exponent));
+  if constexpr (!LOG_INPUT) return fmaf(float(exponent), kLn2Scaled, log_t) - x;
+  int exponent_x;
+  const float log_x = log_mantissa(split_mantissa(x, exponent_x));
+  // Equal exponents leave the difference of the mantissas' logarithms untouched.
+  return fmaf(float(exponent - exponent_x), kLn2Scaled, log_t - log_x);
+}
+
 template <bool LOG_INPUT, bool GRADS>
 __device__ __forceinline__ bool kl_div_fast_float(const Pack<float>& x, const Pack<float>& t, float g, float& loss,
                                                   Pack<float>& grad) {
@@ -55,19 +67,8 @@ __device__ __forceinline__ bool kl_div_fast_float(const Pack<float>& x, const Pa
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     most_t = max(most_t, __float_as_uint(t.at[i]));
-    int exponent;
-    const float log_t = log_mantissa(split_mantissa(t.at[i], exponent));
-    float d;
-    if constexpr (LOG_INPUT) {
-      most_x = max(most_x, __float_as_uint(x.at[i]) - 0x00800000u);
-      int exponent_x;
-      const float log_x = log_mantissa(split_mantissa(x.at[i], exponent_x));
-      // Equal exponents leave the difference of the mantissas' logarithms untouched.
-      d = fmaf(float(exponent - exponent_x), kLn2Scaled, log_t - log_x);
-    } else {
-      d = fmaf(float(exponent), kLn2Scaled, log_t) - x.at[i];
-    }
-    sum = fmaf(t.at[i], d, sum);
+    if constexpr (LOG_INPUT) most_x = max(most_x, __float_as_uint(x.at[i]) - 0x00800000u);
+    sum = fmaf(t.at[i], log_ratio<LOG_INPUT>(t.at[i], x.at[i]), sum);
     if constexpr (GRADS) {
       const float gt = -(g * t.at[i]);
       grad.at[i] = LOG_INPUT ? divide_normal(gt, x.at[i]) : gt;
@@ -76,6 +77,24 @@ __device__ __forceinline__ bool kl_div_fast_float(const Pack<float>& x, const Pa
   loss = sum;
   // t in [0, 2^64); p normal and below 2^126; a finite sum leaves no infinite input.
   return most_t < 0x5f800000u && (LOG_INPUT ? most_x < 0x7e000000u : fabsf(sum) < kInf);
+}
+
+// The loss of each of a pack's elements, in place of x. False: not for this road, and nothing is written.
+template <bool LOG_INPUT>
+__device__ __forceinline__ bool kl_div_fast_elements(Pack<float>& x, const Pack<float>& t) {
+  unsigned most_t = 0, most_x = 0;
+  Pack<float> loss;
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    most_t = max(most_t, __float_as_uint(t.at[i]));
+    if constexpr (LOG_INPUT) most_x = max(most_x, __float_as_uint(x.at[i]) - 0x00800000u);
+    loss.at[i] = t.at[i] * log_ratio<LOG_INPUT>(t.at[i], x.at[i]);
+    sum += fabsf(loss.at[i]);
+  }
+  if (most_t >= 0x5f800000u || (LOG_INPUT ? most_x >= 0x7e000000u : !(sum < kInf))) return false;
+  x = loss;
+  return true;
 }
 
 // Whether all of a pack's targets are plain: not negative (float16: and not above 1, so that nothing overflows).

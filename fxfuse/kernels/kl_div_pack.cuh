@@ -11,7 +11,11 @@ enum class KlDivMode {
   kReduceGrads,  // partial sums, and gradients for an incoming gradient of 1
   kNone,         // elementwise loss
   kBackward,     // gradients for a given incoming gradient
+  kBackwardInput,  // that of the input alone
 };
+
+template <KlDivMode MODE> constexpr bool kGivenGradient = MODE == KlDivMode::kBackward || MODE == KlDivMode::kBackwardInput;
+template <KlDivMode MODE> constexpr bool kWritesGrads = MODE == KlDivMode::kReduceGrads || kGivenGradient<MODE>;
 
 struct KlDivArgs {
   const void* input;
@@ -38,10 +42,8 @@ __device__ __forceinline__ float pack_of_points(Pack<T>& x, Pack<T>& t, const Pa
     const Point r = point<T, LOG_TARGET, LOG_INPUT>(x.get(i), t.get(i), g);
     sum += r.loss;
     if constexpr (MODE == KlDivMode::kNone) x.set(i, r.loss);
-    if constexpr (MODE == KlDivMode::kReduceGrads || MODE == KlDivMode::kBackward) {
-      x.set(i, r.grad_input);
-      t.set(i, r.grad_target);
-    }
+    if constexpr (kWritesGrads<MODE>) x.set(i, r.grad_input);
+    if constexpr (kWritesGrads<MODE> && MODE != KlDivMode::kBackwardInput) t.set(i, r.grad_target);
   }
   return sum;
 }
@@ -53,6 +55,14 @@ __device__ __noinline__ float long_road(uint4 x_raw, uint4 t_raw) {
   x.raw = x_raw;
   t.raw = t_raw;
   return pack_of_points<T, false, LOG_INPUT, KlDivMode::kReduce>(x, t, nullptr, 1.f);
+}
+template <typename T, bool LOG_INPUT>
+__device__ __noinline__ uint4 long_road_elements(uint4 x_raw, uint4 t_raw) {
+  Pack<T> x, t;
+  x.raw = x_raw;
+  t.raw = t_raw;
+  pack_of_points<T, false, LOG_INPUT, KlDivMode::kNone>(x, t, nullptr, 1.f);
+  return x.raw;
 }
 struct PackGrads {
   uint4 input, target;

@@ -3,11 +3,25 @@
 
 #include "numerics.cuh"
 
+#include <type_traits>
+
 namespace fxfuse {
 
 struct Point {
   float loss, grad_input, grad_target;
 };
+
+// a / x. Half types with the reciprocal of the special function unit, where that is right to a float's last digits.
+template <typename T>
+__device__ __forceinline__ float quotient(float a, float x) {
+  if constexpr (sizeof(T) == 4) return a / x;
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  const float magnitude = fabsf(x);
+  // It takes 0 for a bfloat16 that is no normal float, and gives 0 where the reciprocal is none.
+  const bool fits = std::is_same_v<T, __half> || (magnitude >= 1.1754944e-38f && magnitude <= 8.5e37f);
+  return fits ? a * r : a / x;
+}
 
 // One element. `g` is the gradient that reaches it. What is not used is dropped by the compiler.
 template <typename T, bool LOG_TARGET, bool LOG_INPUT>
@@ -31,7 +45,7 @@ __device__ __forceinline__ Point point(float x, float t, float g) {
     const float ratio = (t == 0.f || isinf(t)) ? __int_as_float(0x7fffffff) : 1.f;
     r.grad_target = (g == 0.f && t == t ? 0.f : __fmul_rn(g, lt)) + __fmul_rn(g, ratio) - __fmul_rn(g, lp);
   }
-  r.grad_input = LOG_INPUT ? grad_lp / x : grad_lp;
+  r.grad_input = LOG_INPUT ? quotient<T>(grad_lp, x) : grad_lp;
   return r;
 }
 

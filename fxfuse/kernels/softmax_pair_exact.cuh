@@ -54,11 +54,20 @@ __device__ __forceinline__ Point ranged_point(float log_p, float q, float g) {
   return r;
 }
 
+// For a loss that is not reduced: the gradient that reaches each element (null: the same one), and where their losses go
+// (null: nowhere), times `scale` both.
+template <typename T>
+struct ExactElements {
+  const T* grad = nullptr;
+  T* loss = nullptr;
+  float scale = 1;
+};
+
 // By a whole block of THREADS. Returns the row's loss to every thread; writes the gradients that are not null.
 // g is in T's range.
 template <typename T, bool LOG_TARGET, int THREADS>
 __device__ __noinline__ double exact_row(const T* s, const T* t, int64_t n, float temperature_s, float temperature_t,
-                                         float g, T* grad_s, T* grad_t) {
+                                         float g, T* grad_s, T* grad_t, ExactElements<T> each = {}) {
   __shared__ float shared_max[THREADS / kWarp];
   __shared__ double shared[THREADS / kWarp];
   ExactRow row{1.f / temperature_s, 1.f / temperature_t, -kInf, -kInf, 0, 0};
@@ -76,10 +85,12 @@ __device__ __noinline__ double exact_row(const T* s, const T* t, int64_t n, floa
   row.sum_s = float(block_sum<THREADS>(sum_s, shared));
   row.sum_t = float(block_sum<THREADS>(sum_t, shared));
 
+  const auto g_at = [&](int64_t i) { return each.grad == nullptr ? g : range_as<T>(ld_one(each.grad + i) * each.scale); };
   double loss = 0, flow_s = 0, flow_t = 0;  // sums that the (log-)softmax derivatives subtract
   for (int64_t i = threadIdx.x; i < n; i += THREADS) {
     const float q = row.target<T, LOG_TARGET>(ld_one(t + i));
-    const Point r = ranged_point<T, LOG_TARGET>(row.log_p<T>(ld_one(s + i)), q, g);
+    const Point r = ranged_point<T, LOG_TARGET>(row.log_p<T>(ld_one(s + i)), q, g_at(i));
+    if (each.loss != nullptr) st_one(each.loss + i, r.loss * each.scale);
     loss += double(r.loss);
     flow_s += double(r.grad_input);
     flow_t += double(LOG_TARGET ? r.grad_target : r.grad_target * q);
@@ -90,7 +101,7 @@ __device__ __noinline__ double exact_row(const T* s, const T* t, int64_t n, floa
   const float total_t = float(block_sum<THREADS>(flow_t, shared));
   for (int64_t i = threadIdx.x; i < n; i += THREADS) {
     const float log_p = row.log_p<T>(ld_one(s + i)), q = row.target<T, LOG_TARGET>(ld_one(t + i));
-    const Point r = ranged_point<T, LOG_TARGET>(log_p, q, g);
+    const Point r = ranged_point<T, LOG_TARGET>(log_p, q, g_at(i));
     if (grad_s != nullptr) st_one(grad_s + i, range_as<T>(r.grad_input - expf(log_p) * total_s) * row.inverse_s);
     if (grad_t != nullptr) {
       const float flow = LOG_TARGET ? r.grad_target - expf(q) * total_t : q * (r.grad_target - total_t);

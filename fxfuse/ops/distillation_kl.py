@@ -19,7 +19,8 @@ For the reductions, with one g for every element, that is
 
 Nothing is saved but the two arguments: backward forms the rows' softmaxes again. On the CPU both passes run in blocks
 of rows that stay in cache; no tensor of the input's size is made but the gradients (and the result of "none"). On CUDA
-a kernel reads the logits once for a reduced loss, and an eager call writes the gradients in that pass (see _loss.py).
+a kernel reads the logits once for a reduced loss, and an eager call writes the gradients in that pass (see _loss.py);
+the elements of "none", and their gradients, take two reads, the second from cache as far as that holds a row.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxfuse.kernels import distillation_elements as elements
 from fxfuse.kernels import distillation_kl as kernel
 from fxfuse.kernels.scale_unless_one import why_not
 
@@ -85,7 +87,7 @@ def road(
         return Road("composed", "empty")
     if student.device.type == "cpu":
         return BLOCKS
-    missing = "no kernel for an elementwise loss" if reduction == "none" else why_not(student, teacher)
+    missing = why_not(student, teacher)
     return KERNEL if missing is None else Road("composed", missing)
 
 
@@ -110,6 +112,8 @@ def forward(
         temperatures = student_temperature, teacher_temperature
         if min(temperatures) <= 0:
             return reference(student, teacher, dim, *temperatures, scale, reduction, log_target), ()
+        if reduction == "none":
+            return elements.forward(student, teacher, temperatures, scale, log_target), ()
         factor = 1 / kl.count(student, reduction)
         loss = kernel.distillation_kl(student, teacher, temperatures, factor, scale, log_target)[0]
         assert loss is not None
@@ -156,6 +160,8 @@ def backward(
         if min(temperatures) <= 0:  # as in forward: the meaning itself, which knows any temperature
             args = (student, teacher, dim, *temperatures, scale, reduction, log_target)
             return vjp(reference, OP.tensors, args, grad, wanted, create_graph=False)
+        if reduction == "none":
+            return elements.backward(grad, student, teacher, temperatures, scale, log_target, wanted)
         factor = 1 / kl.count(student, reduction)
         return kernel.distillation_kl(
             student, teacher, temperatures, factor, scale, log_target, wanted, grad, loss=False
@@ -223,7 +229,7 @@ def with_gradients(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor | None]] | None:
     temperatures = student_temperature, teacher_temperature
-    if min(temperatures) <= 0:
+    if min(temperatures) <= 0 or reduction == "none":
         return None
     factor = 1 / kl.count(student, reduction)
     loss, grads = kernel.distillation_kl(student, teacher, temperatures, factor, scale, log_target, wanted)

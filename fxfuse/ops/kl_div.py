@@ -46,7 +46,7 @@ def reference(input: Tensor, target: Tensor, reduction: str, log_target: bool, l
 
 
 def road(input: Tensor, target: Tensor, reduction: str, log_target: bool, log_input: bool) -> Road:
-    if reduction not in ("none", "sum", "mean", "batchmean"):
+    if reduction not in REDUCTIONS:
         return Road("composed", f"unknown reduction {reduction!r}")
     if not floating(input, target) or not together(input, target):
         return Road("composed", "not two floating-point tensors of one device")
@@ -60,6 +60,7 @@ def road(input: Tensor, target: Tensor, reduction: str, log_target: bool, log_in
     return KERNEL if missing is None else Road("composed", missing)
 
 
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
 KERNEL = Road("kernel", "each argument read once; an eager scalar loss writes its gradients in the same pass")
 BLOCKS = Road("closed", "one pass in blocks that stay in cache")
 
@@ -153,6 +154,7 @@ def backward(
     )
 
 
+HOST_BOUND = 1 << 23  # elements: up to here eager's operations on an H200 take less time than their launches
 BUFFERS = 5  # what a block touches for each element: two arguments, two or three scratch tensors or results
 
 
@@ -198,9 +200,15 @@ def autocast(
 
 
 def direct(input: Tensor, target: Tensor, reduction: str, log_target: bool, *others: object) -> str:
+    if input.is_cuda:
+        if reduction != "none" or input.numel() > HOST_BOUND or not torch.is_grad_enabled():
+            return ""
+        if not torch._C._any_requires_grad(input, target) or torch.cuda.is_current_stream_capturing():
+            return ""
+        return "small, with gradients of every element: the host is the limit, and eager's operations ask less of it"
     # Up to here eager's temporaries stay in the last-level cache; where it has few or keeps exp(t), a little longer.
     enough = 1 << (23 if log_target or reduction == "none" else 21)
-    return "" if input.is_cuda or input.numel() >= enough else "small: all of it stays in cache anyway"
+    return "" if input.numel() >= enough else "small: all of it stays in cache anyway"
 
 
 OP = LossOp(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+from uninitialised import fill_with_nan
 
 from fxfuse.kernels import linear_activation_scale as las
-from fxfuse.kernels import loader, small_gemm
+from fxfuse.kernels import loader
 
 #: dtypes, and float32 with TF32 allowed
 KINDS = ["bfloat16", "float16", "tf32", "float32"]
@@ -56,5 +57,4 @@ def poison(request, monkeypatch):
     assert loader.library() is not None, loader.why_unavailable()
     kind = getattr(request.node, "callspec", None) and request.node.callspec.params.get("kind")
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", kind == "tf32")
-    allocate = small_gemm.allocate
-    monkeypatch.setattr(small_gemm, "allocate", lambda *a: allocate(*a).fill_(math.nan))
+    fill_with_nan(monkeypatch)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from uninitialised import fill_with_nan
 
 from fxfuse.kernels import float32_gemm, gemm, loader
 from fxfuse.kernels import linear_activation_scale as las
@@ -34,9 +35,7 @@ def setting(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(gemm, "float32_pays", lambda m, n, k: True)
-    # Every empty tensor is full of NaN: an element that the kernel forgets shows.
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    fill_with_nan(monkeypatch)
 
 
 def lay(a: torch.Tensor, b: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from products import ACTS, randn
 from torch.nn import functional as F
+from uninitialised import fill_with_nan
 
 from fxfuse.kernels import gemm, loader
 from fxfuse.kernels import linear_activation_scale as las
@@ -43,9 +44,7 @@ def kernels(monkeypatch):
     torch.manual_seed(torch.initial_seed() % 1000)
     assert loader.library() is not None, loader.why_unavailable()
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    # Every empty tensor is full of NaN: an element that a kernel forgets shows.
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    fill_with_nan(monkeypatch)
 
 
 def activate(act: las.Act, z: torch.Tensor) -> torch.Tensor:

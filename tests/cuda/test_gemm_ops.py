@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from uninitialised import fill_with_nan
 
 from fxfuse.kernels import linear_scale_batchnorm1d as kernels
 from fxfuse.kernels import loader
@@ -31,6 +32,7 @@ def error(got, want) -> float:
 def road(request, monkeypatch):
     monkeypatch.setenv("FXFUSE_PORTABLE", request.param)
     assert loader.library() is not None, loader.why_unavailable()
+    fill_with_nan(monkeypatch)
     torch.manual_seed(0)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from uninitialised import fill_with_nan
 
 from fxfuse.kernels import loader
 from fxfuse.ops.distillation_kl import OP as DISTILLATION
-from fxfuse.ops.distillation_kl import distillation_kl
+from fxfuse.ops.distillation_kl import distillation_kl, reference
 from fxfuse.ops.kl_div import OP as KL
 from fxfuse.ops.kl_div import kl_div
+
+kl_module = sys.modules[KL.call.__module__]
 
 pytestmark = [
     pytest.mark.cuda,
@@ -28,9 +32,11 @@ SHAPES = [(3, 10), (65, 512), (17, 1000), (4, 5003), (2, 32000), (3, 128256), (1
 
 @pytest.fixture(params=("hopper", "portable"), autouse=True)
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test on the device's own road and on that of compute capability 8.0."""
+    """Every test on the device's own road and on that of compute capability 8.0, with poisoned outputs."""
     monkeypatch.setenv("FXFUSE_PORTABLE", str(int(request.param == "portable")))
     assert loader.library() is not None, loader.why_unavailable()
+    fill_with_nan(monkeypatch)
+    monkeypatch.setattr(kl_module, "HOST_BOUND", -1)  # small calls too take the kernels
     torch.manual_seed(0)
 
 
@@ -171,8 +177,8 @@ def test_a_certain_teacher_and_an_infinite_scale(dtype: torch.dtype, log_target:
 @pytest.mark.parametrize("log_target", [False, True])
 @pytest.mark.parametrize("margin", [2.0, 5.0, 8.0, 12.0, 16.0])
 def test_nearly_certain_teachers(dtype: torch.dtype, log_target: bool, margin: float) -> None:
-    """One q is nearly 1, and its gradient what the others leave of it: e^-margin. Judged margin by margin, float32 by
-    itself as well: eager loses most digits there, and sums in float32 alone would lose three."""
+    """One q is nearly 1, and its gradient what the others leave of it: e^-margin. Judged margin by margin, and in float32,
+    where eager loses most digits there, with a quarter of its error at the most."""
 
     def ours(s: Tensor, t: Tensor) -> Tensor:
         return distillation_kl(s, t, -1, 1.0, 1.0, 1.0, "sum", log_target)
@@ -188,15 +194,15 @@ def test_nearly_certain_teachers(dtype: torch.dtype, log_target: bool, margin: f
         draws.append((with_grads(ours, s, t), *eager))
     check(draws)
     if dtype == torch.float32:
-        for one, _, judge in draws:
-            assert (one[2].double() - judge[2]).norm() <= 5e-6 * judge[2].norm()
+        for one, peer, judge in draws:
+            assert (one[2].double() - judge[2]).norm() <= 0.25 * (peer[2].double() - judge[2]).norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("log_target", [False, True])
 def test_distillation(dtype: torch.dtype, shape: tuple[int, int], log_target: bool) -> None:
-    for ts, tt, reduction in ((2.0, 2.0, "batchmean"), (1.0, 4.0, "mean"), (0.5, 1.0, "sum")):
+    for ts, tt, reduction in ((2.0, 2.0, "batchmean"), (1.0, 4.0, "mean"), (0.5, 1.0, "sum"), (3.0, 2.0, "none")):
 
         def ours(s: Tensor, t: Tensor) -> Tensor:
             return distillation_kl(s, t, -1, ts, tt, ts * tt, reduction, log_target)  # noqa: B023
@@ -218,6 +224,32 @@ def test_distillation(dtype: torch.dtype, shape: tuple[int, int], log_target: bo
             ))
         check(both)
         check(alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 8191), (140, 40000), (3, 100_003)], ids=str)
+@pytest.mark.parametrize("log_target", [False, True])
+def test_every_element_has_its_own_gradient(dtype: torch.dtype, shape: tuple[int, int], log_target: bool) -> None:
+    """No reduction, an incoming gradient that differs from element to element, and teachers of any certainty."""
+    draws = []
+    for draw in range(48 if shape[0] * shape[1] < 10**5 else 12 if shape[0] * shape[1] < 10**6 else 3):
+        s, t = torch.randn(2, *shape, device="cuda").mul(2).to(dtype)
+        if draw % 3 == 1:  # one class stands out
+            t[:, draw % shape[1]] = t.float().logsumexp(-1).add(draw % 7).to(dtype)
+        grad = torch.randn(shape, device="cuda").to(dtype)
+        ts, tt = ((2.0, 3.0), (1.0, 1.0), (4.0, 0.7))[draw // 3 % 3 if draw > 3 else draw % 3]
+        results = []
+        for pair in ((s, t), (s, t), (s.double(), t.double())):
+            leaves = [x.detach().requires_grad_() for x in pair]
+            if not results:
+                assert DISTILLATION.road(s, t, -1, ts, tt, ts * tt, "none", log_target).name == "kernel"
+                loss = distillation_kl(*leaves, -1, ts, tt, ts * tt, "none", log_target)
+            else:
+                loss = eager_distillation(*leaves, ts, tt, "none", log_target)
+            grads = torch.autograd.grad(loss, leaves, grad.to(loss.dtype))
+            results.append([loss.detach(), *grads])
+        draws.append(tuple(results))
+    check(draws)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -252,10 +284,38 @@ def test_distillation_inf_and_nan_are_eagers(dtype: torch.dtype, vocab: int, log
             assert torch.equal(one.isnan(), peer.isnan()) and torch.equal(one.isinf(), peer.isinf()), row
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocab"), [(9, 10), (9, 1000), (9, 5003), (200, 5003), (140, 32000), (9, 128256)])
+@pytest.mark.parametrize("log_target", [False, True])
+def test_every_element_has_eagers_inf_and_nan(dtype: torch.dtype, rows: int, vocab: int, log_target: bool) -> None:
+    s, t, grad = torch.randn(3, rows, vocab, device="cuda").to(dtype)
+    s[0, vocab // 2], t[1, 0], s[2, -1], s[3, 1] = -INF, INF, NAN, INF
+    t[4], t[5, ::2] = -INF, -INF
+    grad[6, 3], grad[7, vocab - 1] = INF, NAN
+    if dtype == torch.float16:  # sums and products that it cannot hold
+        s[8, 0], grad[8] = 60000.0, 60000.0
+    for scale in (1.0, 4.0, 0.25):
+        results = []
+        for ours in (True, False):
+            for leaves in ([s.detach().requires_grad_(), t], [x.detach().requires_grad_() for x in (s, t)]):
+                wanted = [x for x in leaves if x.requires_grad]
+                if ours:
+                    loss = distillation_kl(*leaves, -1, 2.0, 2.0, scale, "none", log_target)
+                else:
+                    loss = reference(*leaves, -1, 2.0, 2.0, scale, "none", log_target)
+                results += [loss.detach(), *torch.autograd.grad(loss, wanted, grad)]
+        half = len(results) // 2
+        for one, peer in zip(results[:half], results[half:], strict=True):
+            for row in range(9):
+                same = torch.equal(one[row].isnan(), peer[row].isnan())
+                assert same and torch.equal(one[row].isinf(), peer[row].isinf()), (scale, row)
+
+
 LOSSES = {
     "kl_div": lambda x, t: kl_div(x.log_softmax(-1), t.softmax(-1), "batchmean"),
     "kl_div_none": lambda x, t: kl_div(x.log_softmax(-1), t.softmax(-1), "none"),
     "distillation_kl": lambda x, t: distillation_kl(x, t, -1, 2.0, 2.0, 4.0, "batchmean"),
+    "distillation_kl_none": lambda x, t: distillation_kl(x, t, -1, 2.0, 2.0, 4.0, "none"),
 }
 
 
@@ -278,6 +338,25 @@ def test_a_retained_graph_gives_the_same_gradient_again(loss: Callable[..., Tens
     for a, b, c in zip(first, second, third, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(a, 3 * c, rtol=1e-5, atol=1e-7)
+
+
+def test_small_elementwise_steps_go_by_eagers_own_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kl_module, "HOST_BOUND", 1 << 23)
+    x = torch.rand(64, 100, device="cuda", requires_grad=True)
+    t = torch.rand(64, 100, device="cuda")
+    args = "none", False, True
+    assert KL.road(x, t, *args).name == "composed" and "host" in KL.road(x, t, *args).why
+    assert KL.road(x, t, "sum", *args[1:]).name == "kernel"
+    for ours, peer in zip(*(with_grads(loss, x, t) for loss in (
+        lambda x, t: kl_div(x, t, *args), lambda x, t: eager_kl(x, t, *args))), strict=True):  # fmt: skip
+        assert torch.equal(ours, peer)
+    with torch.no_grad():
+        assert KL.road(x, t, *args).name == "kernel"
+    large = torch.rand(3000, 3000, device="cuda", requires_grad=True)
+    assert KL.road(large, large, *args).name == "kernel"
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # replayed without the host
+        assert KL.road(x, t, *args).name == "kernel"
+        x * 2
 
 
 def test_incoming_gradients_of_any_kind() -> None:
@@ -407,6 +486,15 @@ def test_more_elements_than_an_int_counts() -> None:
         del grad
         parts = sum(float(ours(a, b)) for a, b in zip(s.split(4300), t.split(4300), strict=True))
         assert abs(float(loss) / parts - 1) < 1e-2
+    each = distillation_kl(s, t, -1, 2.0, 2.0, 4.0, "none")
+    assert torch.equal(each[-tail:], distillation_kl(s[-200:], t[-200:], -1, 2.0, 2.0, 4.0, "none")[-tail:])
+    del each
+    leaf = s.detach().requires_grad_()
+    loss = distillation_kl(leaf, t, -1, 2.0, 2.0, 4.0, "none")
+    (grad,) = torch.autograd.grad(loss, leaf, loss.detach())
+    few = s[-200:].detach().requires_grad_()
+    loss = distillation_kl(few, t[-200:], -1, 2.0, 2.0, 4.0, "none")
+    assert torch.equal(grad[-tail:], torch.autograd.grad(loss, few, loss.detach())[0][-tail:])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from uninitialised import fill_with_nan
 
 from fxfuse.kernels import matmul_div_sum_scale as kernel
 from fxfuse.ops.matmul_div_sum_scale import OP, matmul_div_sum_scale, reference
@@ -29,8 +30,9 @@ SHAPES = [  # m, n, k
 
 @pytest.fixture(params=("hopper", "portable"), autouse=True)
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test on the device's own road and on that of compute capability 8.0."""
+    """Every test on the device's own road and on that of compute capability 8.0, with poisoned outputs."""
     monkeypatch.setenv("FXFUSE_PORTABLE", str(int(request.param == "portable")))
+    fill_with_nan(monkeypatch)
     torch.manual_seed(0)
 
 

@@ -12,6 +12,8 @@
 #include "mainloop.cuh"
 #include "scheduler.cuh"
 
+#include "../pdl.cuh"
+
 namespace fxfuse::hopper {
 
 constexpr int kThreads = 3 * kWarpgroup;
@@ -141,6 +143,8 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   }
   if constexpr (kCluster == 1) __syncthreads();
   else cluster_sync();
+  pdl_wait();  // all of this was done beside the end of the kernel before
+  pdl_release();
 
   if (warpgroup == 0) {
     registers_lower<kBehind ? kBehindProducerRegisters : Mainloop::kProducerRegisters>();
@@ -292,19 +296,21 @@ cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epil
     }
   }
 
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = kCluster;
   attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeCooperative;
-  attributes[1].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  attributes[2].id = cudaLaunchAttributeCooperative;
+  attributes[2].val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(kCluster * (tiles < clusters ? tiles : clusters)));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = Layout::kBytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = Epilogue::kBatch ? 2 : 1;
+  config.numAttrs = Epilogue::kBatch ? 3 : 2;
   return cudaLaunchKernelEx(&config, kernel, map_a, map_b, map_out, map_kept, problem);
 }
 
