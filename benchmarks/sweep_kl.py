@@ -64,15 +64,16 @@ OPS: dict[str, tuple[Loss, Loss]] = {
 
 
 def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median ms of each call; every round runs all of them."""
+    """Median ms of each call; every round runs all of them, and begins with another."""
     for call in calls.values():
         for _ in range(3):
             call()
     torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
-    while len(next(iter(times.values()))) < 9 or (time.perf_counter() - start < seconds and len(times["ours"]) < 100):
-        for name, call in calls.items():
+    start, order = time.perf_counter(), list(calls.items())
+    while len(times["ours"]) < 9 or (time.perf_counter() - start < seconds and len(times["ours"]) < 100):
+        order.append(order.pop(0))
+        for name, call in order:
             one, two = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             one.record()
             call()

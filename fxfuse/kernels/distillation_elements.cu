@@ -40,6 +40,7 @@ int run_warps(const ElementCall& call) {
   const auto go = [&](auto kernel) { return launch_blocks(kernel, call, kWarpRowThreads, blocks); };
   if (call.rows_aligned) {
     if (vocab <= kRow) return go(element_warps_kernel<T, FLOW, true, 1>);
+    if (vocab <= kRow * 2) return go(element_warps_kernel<T, FLOW, true, 2>);
     if constexpr (kMostWarpPacks<T, FLOW> == 8)
       if (vocab > kRow * 4) return go(element_warps_kernel<T, FLOW, true, 8>);
     return go(element_warps_kernel<T, FLOW, true, 4>);

@@ -81,21 +81,22 @@ struct ElementState {
     row.mt = new_mt;
     row.ms = new_ms;
   }
-  // Under maxima that are at least the logits'. `lowest`: see lowest_distance.
+  // Under maxima that are at least the logits'. `lowest`: see lowest_distance. STUDENT: no gradient but its is wanted,
+  // which asks for neither b nor d.
+  template <bool STUDENT>
   __device__ __forceinline__ void add(float s, float t, float g, float lowest, const ElementArgs& args) {
     const Scales& c = args.scales;
     const float u = c.t.template distance<T>(t, row.mt), w = c.s.template distance<T>(s, row.ms);
     float e;
     if constexpr (kExactTeacher<T, FLOW>) e = args.exponential_t(t - row.mt);
     else e = exp2_fast(u);
-    const float uw = fmaxf(u, lowest) - w;
     row.zs += exp2_fast(w);
     row.zt += e;
-    row.d = fmaf(e, uw, row.d);  // not used but to see inf and NaN
+    const float uw = fmaxf(u, lowest) - w, eg = FLOW ? e * g : 0.f;
+    if constexpr (!STUDENT) row.d = fmaf(e, uw, row.d);  // not used but to see inf and NaN
     if constexpr (FLOW) {
-      const float eg = e * g;
       a += eg;
-      b = fmaf(eg, uw, b);
+      if constexpr (!STUDENT) b = fmaf(eg, uw, b);
       if constexpr (kNeedsMinima<T>) most_g = fmaxf(most_g, fabsf(g));
     }
   }
@@ -120,18 +121,23 @@ struct ElementState {
     }
     const float max_t = fmaxf(row.mt, most_t.get()), max_s = fmaxf(row.ms, most_s.get());
     if (max_t != row.mt || max_s != row.ms) move_maxima(max_t, max_s, args);
+    const auto add_all = [&](auto student) {
 #pragma unroll
-    for (int k = 0; k < COUNT; ++k)
+      for (int k = 0; k < COUNT; ++k)
 #pragma unroll
-      for (int i = 0; i < Pack<T>::N; ++i)
-        add(s[k].get(i), t[k].get(i), FLOW && args.grad_is_vector ? g[k].get(i) : constant, lowest, args);
+        for (int i = 0; i < Pack<T>::N; ++i)
+          add<decltype(student)::value>(s[k].get(i), t[k].get(i), FLOW && args.grad_is_vector ? g[k].get(i) : constant,
+                                        lowest, args);
+    };
+    if (FLOW && args.grad_teacher == nullptr) add_all(std::true_type{});
+    else add_all(std::false_type{});
   }
   __device__ __forceinline__ void take_lone(float s, float t, float g, float lowest, const ElementArgs& args) {
     row.ls = fminf(row.ls, s);
     row.lt = fminf(row.lt, t);
     const float max_t = fmaxf(row.mt, t), max_s = fmaxf(row.ms, s);
     if (max_t != row.mt || max_s != row.ms) move_maxima(max_t, max_s, args);
-    add(s, t, g, lowest, args);
+    add<false>(s, t, g, lowest, args);
   }
   // Joins the states of LANES neighbouring lanes; every lane gets the result. In double for float32.
   template <int LANES = kWarp>
@@ -560,11 +566,16 @@ __global__ void __launch_bounds__(kWarpRowThreads) element_warps_kernel(ElementA
         }
       state.row.mt = fmaxf(kLowest, warp_reduce(max_t, RowState::MaxNumber{}));
       state.row.ms = fmaxf(kLowest, warp_reduce(max_s, RowState::MaxNumber{}));
+      const auto add_all = [&](auto student) {
 #pragma unroll
-      for (int k = 0; k < PACKS; ++k)
+        for (int k = 0; k < PACKS; ++k)
 #pragma unroll
-        for (int i = 0; i < N; ++i)
-          if (index(k, i) < vocab) state.add(s[k].get(i), t[k].get(i), g_at(k, i), lowest, a);
+          for (int i = 0; i < N; ++i)
+            if (index(k, i) < vocab)
+              state.template add<decltype(student)::value>(s[k].get(i), t[k].get(i), g_at(k, i), lowest, a);
+      };
+      if (FLOW && a.grad_teacher == nullptr) add_all(std::true_type{});
+      else add_all(std::false_type{});
       state.join_lanes(a);
       const ElementResults<T, FLOW> results = ElementResults<T, FLOW>::of(state, a);
       plain = results.plain;

@@ -36,8 +36,14 @@ def forward(
     student: Tensor, teacher: Tensor, temperatures: tuple[float, float], scale: float, log_target: bool
 ) -> Tensor:
     """scale · KL of every element, of the logits' shape; ``temperatures`` (student's, teacher's) are above zero."""
+    index, vocab = student.device.index, student.shape[-1]
     out = torch.empty_like(student)
-    _call(student, teacher, None, out, (None, None), temperatures, scale, log_target)
+    scratch = torch.empty(_scratch(index), dtype=torch.uint8, device=student.device)
+    _function()(
+        student.data_ptr(), teacher.data_ptr(), None, out.data_ptr(), None, None, scratch.data_ptr(),
+        student.numel() // vocab, vocab, *temperatures, scale, False, log_target, DTYPE_CODE[student.dtype], index,
+        stream(index),
+    )  # fmt: skip
     return out
 
 
@@ -51,28 +57,16 @@ def backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The wanted gradients for an incoming gradient of every element, or any expanded view of one."""
-    grads = [torch.empty_like(t) if want else None for t, want in zip((student, teacher), wanted, strict=True)]
-    if any(grad.stride()):  # an expanded element is read as one
-        grad = grad.contiguous()
-    _call(student, teacher, grad.to(student.dtype).resolve_neg(), None, grads, temperatures, scale, log_target)
-    return grads
-
-
-def _call(
-    student: Tensor,
-    teacher: Tensor,
-    grad: Tensor | None,
-    loss: Tensor | None,
-    grads: Sequence[Tensor | None],
-    temperatures: tuple[float, float],
-    scale: float,
-    log_target: bool,
-) -> None:
     index, vocab = student.device.index, student.shape[-1]
+    grads = [torch.empty_like(t) if want else None for t, want in zip((student, teacher), wanted, strict=True)]
+    whole = any(grad.stride())  # an expanded element is read as one
+    if whole:
+        grad = grad.contiguous()
+    grad = grad.to(student.dtype).resolve_neg()
     scratch = torch.empty(_scratch(index), dtype=torch.uint8, device=student.device)
-    whole = grad is not None and any(grad.stride())
     _function()(
-        student.data_ptr(), teacher.data_ptr(), pointer(grad), pointer(loss), pointer(grads[0]), pointer(grads[1]),
+        student.data_ptr(), teacher.data_ptr(), grad.data_ptr(), None, pointer(grads[0]), pointer(grads[1]),
         scratch.data_ptr(), student.numel() // vocab, vocab, *temperatures, scale, whole, log_target,
         DTYPE_CODE[student.dtype], index, stream(index),
     )  # fmt: skip
+    return grads

@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(kElementThreads) kl_div_elements_kernel(KlDivA
   const auto at = [&](int i) { return first + (ALIGNED ? int(threadIdx.x) * N + i : i * kElementThreads + int(threadIdx.x)); };
   Pack<T> x, t, g;
   if (ALIGNED && at(N) <= a.n) {
-    x = ld_stream(input + at(0));
-    t = ld_stream(target + at(0));
-    if (vector_g) g = ld_stream(grad_output + at(0));
+    x = ld_keep(input + at(0));
+    t = ld_keep(target + at(0));
+    if (vector_g) g = ld_keep(grad_output + at(0));
     elements_of_pack<T, LOG_TARGET, LOG_INPUT, MODE>(x, t, vector_g ? &g : nullptr, constant_g);
     if (out != nullptr) st_stream(out + at(0), x);
     if (grad_target != nullptr) st_stream(grad_target + at(0), t);

@@ -1,5 +1,5 @@
-// The passes behind a library's product, as the ops' files export them and small_gemm.cu calls them: one declaration for
-// both, since C's linkage would not notice two that differ.
+// What the ops' files export and small_gemm.cu calls for kept calls: Hopper's products with everything in them, and the passes
+// behind a library's product. One declaration for both sides, since C's linkage would not notice two that differ.
 #pragma once
 
 #include "common.cuh"
@@ -15,3 +15,10 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train_apply(const void*, void*, c
                                                            int64_t, const void*, int, const void*, int, const void*, int,
                                                            float, const void*, int, const void*, int, float, void*, int,
                                                            void*, int, float, int, int, int, void*);
+FXFUSE_API int fxfuse_linear_activation_scale_forward(const void*, const void*, const void*, void*, int64_t, int64_t,
+                                                      int64_t, int64_t, int64_t, int, float, float, float, float, int, int,
+                                                      int, void*);
+FXFUSE_API int fxfuse_linear_scale_batchnorm1d_eval(const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t,
+                                                    int64_t, const void*, int, const void*, int, const void*, int, float,
+                                                    const void*, int, const void*, int, float, const void*, int,
+                                                    const void*, int, int, int, int, int, void*);

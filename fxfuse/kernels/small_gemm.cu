@@ -1,5 +1,6 @@
 // The C interface of calls that repeat: linear_activation_scale, and linear_scale_batchnorm1d in evaluation and training,
-// as small products with everything behind them, or (`_after_`) behind a product of the library's.
+// as small products with everything behind them, as Hopper's large ones (`_large_`), or (`_after_`) behind a product of the
+// library's.
 //
 // What stays the same from call to call comes in one structure that the caller keeps (small_gemm.py has the same layout):
 // a call hands over a few pointers, which is a tenth of the host's work of handing over thirty values.
@@ -86,6 +87,27 @@ FXFUSE_API int fxfuse_small_linear_scale_batchnorm1d(const void* call, const voi
     const small::EvalEpilogue<Kind::kFast> epilogue{{linear, norm, c.running_mean, c.running_var}};
     return small::launch_any<Kind>(small::operands(p, x, out), epilogue, props->sm_count, s);
   }));
+}
+
+// The first of these as one product of Hopper's GEMM; cudaErrorNotSupported on another device.
+FXFUSE_API int fxfuse_large_linear_activation_scale(const void* call, const void* x, void* out, void* stream) {
+  const auto& c = *static_cast<const small::ActivationCall*>(call);
+  const auto& p = c.product;
+  return fxfuse_linear_activation_scale_forward(x, p.weight, c.bias.data, out, p.m, p.n, p.k, p.pitch_x, p.pitch_w,
+                                                int(c.activation), c.alpha, c.beta, c.pre_scale, c.scale, int(p.ieee),
+                                                int(p.dtype), int(p.device), stream);
+}
+
+// The second, in evaluation.
+FXFUSE_API int fxfuse_large_linear_scale_batchnorm1d(const void* call, const void* x, void* out, void* stream) {
+  const auto& c = *static_cast<const small::BatchNormCall*>(call);
+  const auto& p = c.product;
+  if (c.training) return int(cudaErrorInvalidValue);
+  return fxfuse_linear_scale_batchnorm1d_eval(
+      x, p.weight, out, p.m, p.n, p.k, p.pitch_x, p.pitch_w, c.bias.data, int(c.bias.code), c.scale.data, int(c.scale.code),
+      c.divisor.data, int(c.divisor.code), float(c.multiplier), c.gamma.data, int(c.gamma.code), c.beta.data,
+      int(c.beta.code), c.eps, c.running_mean.data, int(c.running_mean.code), c.running_var.data, int(c.running_var.code),
+      int(p.ieee), int(p.dtype), int(p.out_dtype), int(p.device), stream);
 }
 
 // out[m, n] = scale * act(pre_scale * z): the pass behind a library's product z, which may be out.

@@ -1,5 +1,5 @@
-"""Calls into ``small_gemm.cu``: a product of few rows with everything behind it, in one launch; and, for other products
-that the library computes, the pass behind them.
+"""Calls into ``small_gemm.cu``: a product of few rows with everything behind it, in one launch; and, kept in the same
+way, Hopper's large products, and the pass behind those that the library computes.
 
 What does not change from call to call is handed over once, as a structure (:class:`Launch` and :class:`AfterProduct`
 keep it); a call is then a result's memory and a few pointers.
@@ -28,17 +28,21 @@ if TYPE_CHECKING:
 __all__ = [
     "ONE_LAUNCH",
     "AfterProduct",
+    "LargeLaunch",
     "Launch",
     "activation",
     "after_activation",
     "after_batchnorm",
     "batchnorm",
+    "large_activation",
+    "large_evaluation",
     "why_not",
 ]
 
 #: For a person: why products of few rows go their own way.
 ONE_LAUNCH = "a product this small takes one launch, which a call like one made before goes to at once"
 
+_NOT_SUPPORTED = 801  # cudaErrorNotSupported
 _ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
 _I64, _FLOAT, _DOUBLE = ctypes.c_int64, ctypes.c_float, ctypes.c_double
 
@@ -73,6 +77,8 @@ class _BatchNormCall(ctypes.Structure):
 class _Functions(NamedTuple):
     activation: Callable[..., int]
     batchnorm: Callable[..., int]
+    large_activation: Callable[..., int]
+    large_batchnorm: Callable[..., int]
     after_activation: Callable[..., int]
     after_batchnorm: Callable[..., int]
 
@@ -85,6 +91,8 @@ def _functions() -> _Functions:
     return _Functions(
         found.raw("fxfuse_small_linear_activation_scale", arguments),
         found.raw("fxfuse_small_linear_scale_batchnorm1d", arguments),
+        found.raw("fxfuse_large_linear_activation_scale", arguments),
+        found.raw("fxfuse_large_linear_scale_batchnorm1d", arguments),
         found.raw("fxfuse_after_linear_activation_scale", arguments),
         found.raw("fxfuse_after_linear_scale_batchnorm1d", [*arguments, PTR]),
     )
@@ -113,6 +121,21 @@ class Launch:
     def __call__(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         out = allocate(self._shape, self._strides, self._dtype, self._device)
         code = self._function(self._address, x.data_ptr(), out.data_ptr(), stream(self._device))
+        if code:
+            raise _failed(code)
+        return out
+
+
+class LargeLaunch(Launch):
+    """The same for a product of Hopper's GEMM; None where the device is no longer to act as one (FXFUSE_PORTABLE)."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor | None:  # type: ignore[override]
+        out = allocate(self._shape, self._strides, self._dtype, self._device)
+        code = self._function(self._address, x.data_ptr(), out.data_ptr(), stream(self._device))
+        if code == _NOT_SUPPORTED:
+            return None
         if code:
             raise _failed(code)
         return out
@@ -232,6 +255,20 @@ def batchnorm(
     call = _batchnorm_call(product, c, running_mean, running_var, training, momentum, batches)
     in_graphs = _in_graphs(product, x, "training" if training else "evaluation")
     return Launch(_functions().batchnorm, call, x, weight.size(0), out_dtype, in_graphs)
+
+
+def large_activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> LargeLaunch:
+    """``activation`` as a product of Hopper's GEMM: ``gemm.why_not_product`` has been asked."""
+    call = _ActivationCall(_product(x, weight, x.dtype), _vector(bias), *act.arguments())
+    return LargeLaunch(_functions().large_activation, call, x, weight.size(0), x.dtype)
+
+
+def large_evaluation(
+    x: Tensor, weight: Tensor, c: Columns, mean: Tensor | None, var: Tensor | None, out_dtype: torch.dtype
+) -> LargeLaunch:
+    """``batchnorm`` in evaluation as a product of Hopper's GEMM: ``gemm.why_not_product`` has been asked."""
+    call = _batchnorm_call(_product(x, weight, out_dtype), c, mean, var, False, 0.0, None)
+    return LargeLaunch(_functions().large_batchnorm, call, x, weight.size(0), out_dtype)
 
 
 def after_activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> AfterProduct:

@@ -340,11 +340,13 @@ CALLS = Calls()
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Launch | None:
-    """The call as a launch, where nothing has to be copied for it and the product is a small one, or the library's."""
+    """The call as a launch, where nothing has to be copied for it."""
     if OP.road(x, weight, bias, *act).name != "kernel" or x.numel() == 0 or weight.size(0) == 0:
         return None
     if small_gemm.why_not(x, weight) is None:
         return small_gemm.activation(x, weight, bias, act) if bias is None or bias.is_contiguous() else None
-    if gemm.why_not_product(x, weight) is None or not x.is_contiguous():
+    if gemm.why_not_product(x, weight) is None:
+        return small_gemm.large_activation(x, weight, bias, act) if bias is None or bias.is_contiguous() else None
+    if not x.is_contiguous():
         return None
     return small_gemm.after_activation(x, weight, bias, act)

@@ -399,7 +399,7 @@ def _call(key: tuple[Any, ...], args: tuple[Any, ...], batches: Tensor | None) -
 
 
 def _launch(args: tuple[Any, ...], batches: Tensor | None) -> Launch | None:
-    """The call as a launch, where nothing has to be copied for it and the product is a small one, or the library's."""
+    """The call as a launch, where nothing has to be copied for it."""
     x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, mean, var, training, momentum, eps = args
     if OP.road(*args).name != "kernel":
         return None
@@ -412,9 +412,11 @@ def _launch(args: tuple[Any, ...], batches: Tensor | None) -> Launch | None:
     if small_gemm.why_not(x, weight, mode(training)) is None:
         return small_gemm.batchnorm(x, weight, c, *rest)
     if gemm.why_not_product(x, weight) is None:
-        if training and kernels.one_kernel(x, rest[2]):
-            return kernels.train_launch(x, weight, c, mean, var, momentum, batches)
-        return None
+        if not training:
+            return small_gemm.large_evaluation(x, weight, c, mean, var, rest[2])
+        if not kernels.one_kernel(x, rest[2]):
+            return None
+        return kernels.train_launch(x, weight, c, mean, var, momentum, batches)
     passes = training and not one_pass(x.size(0), weight.size(0))
     step = kernels.block_rows(x.size(0)) if passes else 0
     with_bias = product_has_bias(x, training)

@@ -332,6 +332,37 @@ def test_the_library_s_product_and_a_kept_pass(training, kind, short):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper's GEMM"
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kept", [Block, Head])
+def test_large_products_are_kept(kept, kind, short, monkeypatch):
+    """Hopper's, with everything in their epilogue; left to the ordinary road once the device is not to act as one."""
+    dtype = dtype_of(kind)
+    eager, fused = make(kept(640, 1800), dtype)
+    judge, errors = copy.deepcopy(eager).double(), Errors()
+    with torch.no_grad():
+        for _ in range(4):
+            x = randn(2100, 640, dtype=dtype)
+            assert gemm.why_not_product(x, fused.linear.weight) is None
+            errors.add("output", fused(x), eager(x), judge(x.double()))
+        assert short[-1]
+        eager.linear.weight.mul_(2), fused.linear.weight.mul_(2), judge.linear.weight.mul_(2)
+        errors.add("weights written in place", fused(x), eager(x), judge(x.double()))
+        assert short[-1]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fused(x)
+        assert short[-1]
+        x.copy_(randn(2100, 640, dtype=dtype))
+        graph.replay()
+        errors.add("replayed", out, eager(x), judge(x.double()))
+        monkeypatch.setenv("FXFUSE_PORTABLE", "1")
+        errors.add("portable", fused(x), eager(x), judge(x.double()))
+    errors.check()
+
+
 @pytest.mark.launches_count
 def test_small_calls_with_gradients_step_aside():
     eager, fused = make(Block(64, 48))
