@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -244,6 +245,7 @@ def test_the_backward_lets_go_of_the_product(retain):
     torch.autograd.grad(model(x).sum(), leaves)
     out = model(x)
     grad = torch.randn_like(out)
+    gc.collect()  # what other tests left is not to be freed meanwhile
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
