@@ -12,10 +12,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["DOUBLE", "DTYPE_CODE", "FLOAT", "I64", "INT", "PTR", "allocate", "any_other_layout", "pointer", "stream"]
+__all__ = [
+    "DOUBLE",
+    "DTYPE_CODE",
+    "FLOAT",
+    "I64",
+    "INT",
+    "NOT_SUPPORTED",
+    "PTR",
+    "allocate",
+    "any_other_layout",
+    "pointer",
+    "stream",
+]
 
 #: dtype -> code of ``enum DType`` in ``common.cuh``. A dtype that is missing has no kernel.
 DTYPE_CODE: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+#: cudaErrorNotSupported. A kept call gives it where FXFUSE_PORTABLE was set since.
+NOT_SUPPORTED = 801
 
 PTR = ctypes.c_void_p
 I64 = ctypes.c_int64

@@ -1,4 +1,4 @@
-// The distillation loss without a reduction, and its gradients: distillation_elements.cuh has the algebra and the roads.
+// The distillation loss without a reduction, and its gradients: distillation_elements.cuh has the roads.
 //   warps    short rows: a warp a row, held in registers
 //   held     a block a row, held in registers
 //   rows     a block a row, read twice, the second time from L2 as far as it holds them
@@ -85,11 +85,6 @@ int run(ElementCall& call) {
   return call.together ? run_blocks<T, FLOW, true>(call) : run_blocks<T, FLOW, false>(call);
 }
 
-Scale scale_of(double temperature) { return {float(1.4426950408889634074 / temperature)}; }
-Exponential exponential_of(double temperature) {
-  const float inverse = float(1. / temperature);
-  return {inverse, float(1. / temperature - double(inverse))};
-}
 
 }  // namespace
 
@@ -112,8 +107,8 @@ FXFUSE_API int fxfuse_distillation_elements(const void* student, const void* tea
   FXFUSE_ON_DEVICE(device, props);
   ElementCall call{
       ElementArgs{student, teacher, grad, loss, grad_student, grad_teacher, scratch, rows, vocab,
-                  student_temperature, teacher_temperature, scale, exponential_of(teacher_temperature), 1,
-                  grad_is_vector != 0, log_target != 0, Scales{scale_of(teacher_temperature), scale_of(student_temperature)}},
+                  student_temperature, teacher_temperature, scale, Exponential::of(teacher_temperature), 1,
+                  grad_is_vector != 0, log_target != 0, Scales{Scale::of(teacher_temperature), Scale::of(student_temperature)}},
       *props, static_cast<cudaStream_t>(stream), false, false};
   const auto offset = [](const void* p) { return reinterpret_cast<uintptr_t>(p) & 15; };
   const auto meets = [&](const void* p) { return p == nullptr || offset(p) == offset(student); };

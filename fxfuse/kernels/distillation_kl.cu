@@ -300,7 +300,6 @@ int run(const Call& call, int road, int* partials) {
                        : run_stream<T, LOG_TARGET, false>(call, partials);
 }
 
-Scale scale_of(double temperature) { return {float(1.4426950408889634074 / temperature)}; }
 
 }  // namespace
 
@@ -326,7 +325,7 @@ FXFUSE_API int fxfuse_distillation_kl(const void* student, const void* teacher, 
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   Call call{DistillArgs{student, teacher, grad_output, grad_student, grad_teacher, loss != nullptr ? partial : nullptr,
                         states, states + rows, rows, vocab, student_temperature, teacher_temperature, scale, factor,
-                        Scales{scale_of(teacher_temperature), scale_of(student_temperature)}},
+                        Scales{Scale::of(teacher_temperature), Scale::of(student_temperature)}},
             *props, s, log_target != 0, grad_student != nullptr || grad_teacher != nullptr, false, false, device};
   const auto offset = [](const void* p) { return reinterpret_cast<uintptr_t>(p) & 15; };
   const auto meets = [&](const void* p) { return p == nullptr || offset(p) == offset(student); };

@@ -2,7 +2,8 @@
 //
 // In a sum every thread loads a few packs of 16 bytes from each input before it uses the first, works in float, and leaves
 // the running sum in double once per round. Blocks write one partial sum each; a second kernel of one block adds them in a
-// fixed order. What has no sum is kl_div_elements.cuh's. Meaning, NaN and inf follow torch.nn.functional.kl_div and its derivatives:
+// fixed order. What has no sum is kl_div_elements.cuh's. Meaning, NaN and inf follow torch.nn.functional.kl_div and its
+// derivatives:
 //   log_target = false   loss = xlogy(t, t) - t * lp
 //   log_target = true    loss = exp(t) * (t - lp)          with lp = input, or log(input) where LOG_INPUT
 // Written out with library logarithms that is 59 instructions an element, as many as an H200 can issue while it reads

@@ -7,15 +7,16 @@
 namespace fxfuse {
 
 enum class KlDivMode {
-  kReduce,       // partial sums
-  kReduceGrads,  // partial sums, and gradients for an incoming gradient of 1
-  kNone,         // elementwise loss
-  kBackward,     // gradients for a given incoming gradient
+  kReduce,         // partial sums
+  kReduceGrads,    // partial sums, and gradients for an incoming gradient of 1
+  kNone,           // elementwise loss
+  kBackward,       // gradients for a given incoming gradient
   kBackwardInput,  // that of the input alone
 };
 
-template <KlDivMode MODE> constexpr bool kGivenGradient = MODE == KlDivMode::kBackward || MODE == KlDivMode::kBackwardInput;
-template <KlDivMode MODE> constexpr bool kWritesGrads = MODE == KlDivMode::kReduceGrads || kGivenGradient<MODE>;
+template <KlDivMode MODE>
+constexpr bool kWritesGrads =
+    MODE == KlDivMode::kReduceGrads || MODE == KlDivMode::kBackward || MODE == KlDivMode::kBackwardInput;
 
 struct KlDivArgs {
   const void* input;

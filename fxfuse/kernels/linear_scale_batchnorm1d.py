@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import gemm
-from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, PTR, pointer, stream
+from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, NOT_SUPPORTED, PTR, pointer, stream
 from fxfuse.kernels.loader import KernelError, library
 
 __all__ = [
@@ -24,7 +24,6 @@ _ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
 SMALL_ROWS = 1024  # kSmallRows: up to here statistics and normalisation can be one launch
 SMALL_ELEMENTS = 1 << 20  # ... and up to here that is the quicker way
 _TOO_LARGE_TO_COOPERATE = 720  # cudaErrorCooperativeLaunchTooLarge
-_NOT_SUPPORTED = 801  # cudaErrorNotSupported: FXFUSE_PORTABLE was set since the call was kept
 _PRODUCT_ROWS = 64  # rows of a partial that the Hopper GEMM writes
 
 #: How a batch's statistics reached ``train_apply``: (partials [blocks, N, 2], rows of a block); None: not computed yet.
@@ -248,7 +247,7 @@ def _train(
             counters.data_ptr(), saved.data_ptr(), batches, m, n, weight.size(1), a[1], b[1], *arguments, device, queue,
         )  # fmt: skip
     except KernelError as error:
-        if error.code not in (_TOO_LARGE_TO_COOPERATE, _NOT_SUPPORTED):
+        if error.code not in (_TOO_LARGE_TO_COOPERATE, NOT_SUPPORTED):
             raise
         return None
     return out, acc, saved

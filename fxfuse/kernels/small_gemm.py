@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxfuse.kernels import gemm, small_rule
-from fxfuse.kernels.abi import DTYPE_CODE, PTR, allocate, pointer, stream
+from fxfuse.kernels.abi import DTYPE_CODE, NOT_SUPPORTED, PTR, allocate, pointer, stream
 from fxfuse.kernels.loader import KernelError, library
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ __all__ = [
 #: For a person: why products of few rows go their own way.
 ONE_LAUNCH = "a product this small takes one launch, which a call like one made before goes to at once"
 
-_NOT_SUPPORTED = 801  # cudaErrorNotSupported
 _ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
 _I64, _FLOAT, _DOUBLE = ctypes.c_int64, ctypes.c_float, ctypes.c_double
 
@@ -131,14 +130,15 @@ class LargeLaunch(Launch):
 
     __slots__ = ()
 
-    def __call__(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor | None:  # type: ignore[override]
-        out = allocate(self._shape, self._strides, self._dtype, self._device)
-        code = self._function(self._address, x.data_ptr(), out.data_ptr(), stream(self._device))
-        if code == _NOT_SUPPORTED:
+    def __call__(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor | None:
+        try:
+            return super().__call__(x)
+        except KernelError as error:
+            if error.code != NOT_SUPPORTED:
+                raise
             return None
-        if code:
-            raise _failed(code)
-        return out
 
 
 class AfterProduct:

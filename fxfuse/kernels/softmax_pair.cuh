@@ -34,6 +34,7 @@ constexpr float kHalfHeadroom = 14.f;
 struct Scale {
   float factor;
 
+  static Scale of(double temperature) { return {float(1.4426950408889634074 / temperature)}; }
   template <typename T>
   __device__ __forceinline__ float bias(float max) const {
     const float scaled = __fmul_rn(max, factor);  // never to be fused with what follows
