@@ -34,7 +34,7 @@ if args == ["--version"]:
 with open({log!r}, "a") as log: log.write(args[-1] + "\\n")
 time.sleep({delay})
 {before}
-keep = [a for a in args if not a.startswith(("-gencode", "-X", "-cudart", "--threads"))]
+keep = [a for a in args if not a.startswith(("-gencode", "-X", "-cudart", "--threads", "--compress"))]
 keep = [a for pair in keep for a in (["-x", "c++", pair, "-x", "none"] if pair.endswith(".cu") else [pair])]
 sys.exit(subprocess.call(["c++", "-fPIC", *keep]))
 """
