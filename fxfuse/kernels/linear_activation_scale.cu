@@ -1,5 +1,6 @@
 // out = scale * act(pre_scale * (x W^T + b)): in the GEMM's epilogue on Hopper; elsewhere the library's GEMM, then one pass.
 #include "activation.cuh"
+#include "activation_backward.cuh"
 #include "column_vector.cuh"
 #include "hopper/activation_gemm.cuh"
 #include "passes.cuh"
@@ -95,26 +96,50 @@ FXFUSE_API int fxfuse_linear_activation_scale_apply(const void* z, void* out, in
   return 0;
 }
 
-// dz = dy * d out / d z. `saved` is z, or out where from_output (see slope_from_value; dz is 0 for scale = 0). Contiguous,
-// 16-byte aligned; dz may be dy or saved.
-FXFUSE_API int fxfuse_linear_activation_scale_backward(const void* dy, const void* saved, void* dz, int64_t count,
-                                                       int from_output, int activation, float alpha, float beta,
-                                                       float pre_scale, float scale, int dtype, int device, void* stream) {
+// Bytes of float scratch for the sums of db below (0: none), and ints of counters.
+FXFUSE_API int fxfuse_linear_activation_scale_backward_scratch(int64_t rows, int64_t columns, int dtype, int device,
+                                                               int64_t* floats, int64_t* counters) {
+  FXFUSE_ON_DEVICE(device, props);
+  FXFUSE_DISPATCH(dtype, T, {
+    const int blocks = column_blocks<T>(rows, columns, *props);
+    *floats = blocks > 1 ? blocks * columns : 0;
+    *counters = blocks > 1 ? ceil_div<int64_t>(columns, kStripe<T>) : 0;
+  });
+  return 0;
+}
+
+// dz[rows, columns] = dy * d out / d z. `saved` is z, or out where from_output (see slope_from_value; dz is 0 for scale = 0).
+// Contiguous, 16-byte aligned; dz may be dy or saved. db: null, or where columns are whole packs of 16 bytes the sums of
+// dz's columns, with scratch and counters as above (counters are zero and left so).
+FXFUSE_API int fxfuse_linear_activation_scale_backward(const void* dy, const void* saved, void* dz, void* db, void* scratch,
+                                                       void* counters, int64_t rows, int64_t columns, int from_output,
+                                                       int activation, float alpha, float beta, float pre_scale, float scale,
+                                                       int dtype, int device, void* stream) {
+  const int64_t count = rows * columns;
   if (count == 0) return 0;
   FXFUSE_ON_DEVICE(device, props);
   const auto s = static_cast<cudaStream_t>(stream);
   const float inverse = scale == 0.f ? 0.f : 1.f / scale;
   FXFUSE_DISPATCH(dtype, T, {
-    const int blocks = pass_blocks(count, *props);
+    if (db != nullptr && columns % Pack<T>::N != 0) return int(cudaErrorInvalidValue);
     const T* g = static_cast<const T*>(dy);
     const T* v = static_cast<const T*>(saved);
     T* d = static_cast<T*>(dz);
+    const auto go = [&](const auto& op) {
+      if (db == nullptr) {
+        map2_kernel<<<pass_blocks(count, *props), kPassThreads, 0, s>>>(g, v, d, count, op);
+        return;
+      }
+      const int blocks = column_blocks<T>(rows, columns, *props);
+      const dim3 grid(unsigned(ceil_div<int64_t>(columns, kStripe<T>)), unsigned(blocks));
+      map2_columns_kernel<<<grid, kColumnsThreads, 0, s>>>(g, v, d, static_cast<T*>(db), static_cast<float*>(scratch),
+                                                           static_cast<int*>(counters), rows, columns,
+                                                           int(ceil_div<int64_t>(rows, blocks)), op);
+    };
     const bool known = with_activation<sizeof(T) == 2>(activation, alpha, beta, [&](auto act) {
       using Act = decltype(act);
-      if (from_output)
-        map2_kernel<<<blocks, kPassThreads, 0, s>>>(g, v, d, count, BackwardFromOutputPass<Act>{act, pre_scale, scale, inverse});
-      else
-        map2_kernel<<<blocks, kPassThreads, 0, s>>>(g, v, d, count, BackwardPass<Act>{act, pre_scale, scale});
+      if (from_output) go(BackwardFromOutputPass<Act>{act, pre_scale, scale, inverse});
+      else go(BackwardPass<Act>{act, pre_scale, scale});
     });
     if (!known) return int(cudaErrorInvalidValue);
   });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fxfuse.kernels import gemm
 from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, PTR, pointer, stream
+from fxfuse.kernels.counters import counters_of
 from fxfuse.kernels.loader import library
 
 __all__ = ["ACTIVATION_CODE", "Act", "apply", "backward", "forward", "from_output"]
@@ -43,6 +45,7 @@ class _Functions(NamedTuple):
     forward: Callable[..., None]
     apply: Callable[..., None]
     backward: Callable[..., None]
+    backward_scratch: Callable[..., None]
 
 
 @functools.lru_cache(maxsize=1)
@@ -54,7 +57,8 @@ def _functions() -> _Functions:
     return _Functions(
         found.function(_NAME + "forward", [PTR, PTR, PTR, PTR, I64, I64, I64, I64, I64, *act, INT, *end]),
         found.function(_NAME + "apply", [PTR, PTR, I64, *act, *end]),
-        found.function(_NAME + "backward", [PTR, PTR, PTR, I64, INT, *act, *end]),
+        found.function(_NAME + "backward", [PTR] * 6 + [I64, I64, INT, *act, *end]),
+        found.function(_NAME + "backward_scratch", [I64, I64, INT, INT, PTR, PTR]),
     )
 
 
@@ -92,15 +96,39 @@ def from_output(act: Act) -> bool:
     return act.activation in ("relu", "sigmoid", "tanh") or (act.activation == "leaky_relu" and act.alpha >= 0)
 
 
-def backward(grad: Tensor, saved: Tensor, act: Act, output: bool) -> Tensor:
-    """d z (contiguous) for the gradient of out; ``saved`` is z, or with ``output`` out itself. One dtype and shape."""
+@functools.lru_cache(maxsize=4096)
+def _backward_scratch(rows: int, columns: int, dtype: torch.dtype, device: int) -> tuple[int, int]:
+    """Floats of scratch and counters for the column sums of ``backward``."""
+    floats, counters = ctypes.c_int64(), ctypes.c_int64()
+    _functions().backward_scratch(
+        rows, columns, DTYPE_CODE[dtype], device, ctypes.addressof(floats), ctypes.addressof(counters)
+    )
+    return floats.value, counters.value
+
+
+def backward(
+    grad: Tensor, saved: Tensor, act: Act, output: bool, column_sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """d z (contiguous) for the gradient of out; ``saved`` is z, or with ``output`` out itself. One dtype and shape.
+
+    With ``column_sums`` the sums of d z over all but the last dimension come from the same pass, in its dtype; None
+    where rows are no multiple of 16 bytes, and where they are not asked for.
+    """
     grad = grad.contiguous()
     if grad.data_ptr() % 16:
         grad = grad.clone()
     dz = torch.empty_like(grad)
-    device = grad.device.index
+    device, columns, dtype = grad.device.index, grad.size(-1), grad.dtype
+    rows, queue = grad.numel() // max(columns, 1), stream(device)
+    db = scratch = counters = None
+    if column_sums and rows and columns and columns * grad.element_size() % 16 == 0:
+        db = torch.empty(columns, dtype=dtype, device=grad.device)
+        floats, ints = _backward_scratch(rows, columns, dtype, device)
+        if floats:
+            scratch = torch.empty(floats, dtype=torch.float32, device=grad.device)
+            counters = counters_of(grad.device, queue, ints)
     _functions().backward(
-        pointer(grad), pointer(saved), pointer(dz), grad.numel(), int(output), *act.arguments(),
-        DTYPE_CODE[grad.dtype], device, stream(device),
+        pointer(grad), pointer(saved), pointer(dz), pointer(db), pointer(scratch), pointer(counters), rows, columns,
+        int(output), *act.arguments(), DTYPE_CODE[dtype], device, queue,
     )  # fmt: skip
-    return dz
+    return dz, db

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxfuse.kernels import gemm
 from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, NOT_SUPPORTED, PTR, pointer, stream
+from fxfuse.kernels.counters import counters_of
 from fxfuse.kernels.loader import KernelError, library
 
 __all__ = [
@@ -165,21 +166,6 @@ def one_kernel(x: Tensor, out_dtype: torch.dtype) -> bool:
     return x.dtype == out_dtype and (x.size(0) <= SMALL_ROWS or not gemm.ieee(x))
 
 
-_zeros: dict[tuple[int, int], Tensor] = {}
-
-
-def _counters(device: torch.device, queue: int, count: int) -> Tensor:
-    """int32 zeros that ``train`` leaves as zeros: one tensor for each stream, whose launches follow each other. A graph
-    under capture has its own, since it may be replayed on any stream."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device.index, queue)
-    kept = _zeros.get(key)
-    if kept is None or kept.numel() < count:
-        kept = _zeros[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return kept
-
-
 def train(
     x: Tensor,
     weight: Tensor,
@@ -240,7 +226,7 @@ def _train(
     scratch = torch.empty(2 * pairs, dtype=torch.float32, device=x.device)
     saved = torch.empty(3, n, dtype=torch.float32, device=x.device)
     partials, queue = scratch.data_ptr(), stream(device)
-    counters = _counters(x.device, queue, 1 + 2 * -(-n // 128))
+    counters = counters_of(x.device, queue, 1 + 2 * -(-n // 128))
     try:
         _functions().train(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,

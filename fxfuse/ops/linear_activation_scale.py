@@ -217,23 +217,30 @@ def backward(
     (z,) = saved
     if road.name == "kernel":
         act = Act(activation, alpha, beta, pre_scale, scale)
-        dz = kernels.backward(grad, z, act, kernels.from_output(act))
-        return linear_backward(dz, 1.0, x, weight, bias, wanted)
+        sums = bias is not None and wanted[2]
+        dz, db = kernels.backward(grad, z, act, kernels.from_output(act), sums)
+        return linear_backward(dz, 1.0, x, weight, bias, wanted, db)
     dz = ACTIVATIONS[activation][1](grad, z, alpha, beta)
     return linear_backward(dz, scale * pre_scale, x, weight, bias, wanted)
 
 
 def linear_backward(
-    dz: Tensor, factor: float, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]
+    dz: Tensor,
+    factor: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
+    db: Tensor | None = None,
 ) -> Sequence[Tensor | None]:
-    """factor · the gradients of linear(x, weight, bias) for an upstream gradient `dz`."""
+    """factor · the gradients of linear(x, weight, bias) for an upstream gradient `dz`; `db` if it is there already."""
     flat = dz.reshape(-1, weight.size(0))
-    dx = dw = db = None
+    dx = dw = None
     if wanted[0]:
         dx = _product(flat, weight, factor).view(x.shape)
     if wanted[1]:
         dw = _product(flat.t(), x.reshape(-1, x.size(-1)), factor)
-    if bias is not None and wanted[2]:
+    if db is None and bias is not None and wanted[2]:
         db = _column_sums(flat, factor)
     return dx, dw, db
 
