@@ -11,9 +11,12 @@
 
 namespace fxfuse {
 
-// With 65 to 88 registers a thread, one block and one of the next kernel's fill a multiprocessor's registers: the next
-// kernel fits beside it, and a launch of one block for each multiprocessor is not packed onto half of them.
+// Rows of 16-byte pieces that a thread loads at once. With 65 to 88 registers a thread, one block and one of the next
+// kernel's fill a multiprocessor's registers: the next kernel fits beside it, and a launch of one block for each
+// multiprocessor is not packed onto half of them. In pairs, of 64 registers at most, blocks fill each other's pauses:
+// for matrices so large that the next kernel's beginning does not count.
 constexpr int kColsumThreads = 512;
+constexpr int kColsumUnroll = 8, kPairUnroll = 4;
 
 // VEC elements of T as one access: 16 bytes, or one element where rows are not 16-byte aligned.
 template <typename T, int VEC>
@@ -65,7 +68,7 @@ __device__ __forceinline__ void vector_sum(const T* p, int64_t count, int64_t st
 }
 
 template <typename T, int VEC, int LANES, int UNROLL, bool WEIGHTED, bool PHASED>
-__global__ void __launch_bounds__(kColsumThreads, 1) colsum_kernel(ColsumArgs<T> args) {
+__global__ void __launch_bounds__(kColsumThreads, UNROLL == kPairUnroll ? 2 : 1) colsum_kernel(ColsumArgs<T> args) {
   constexpr int kRowLanes = kColsumThreads / LANES;  // rows that a block reads at once
   constexpr int kWarps = kColsumThreads / kWarp;
   constexpr int kStripe = LANES * VEC;

@@ -240,6 +240,27 @@ def test_memory_is_of_features_and_rows() -> None:
     assert torch.cuda.max_memory_allocated() - before - results < 4 << 20
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [16400, 2056])  # stripes of 16 lanes and of 32
+def test_matrices_that_pairs_of_blocks_read(dtype: torch.dtype, cols: int) -> None:
+    """Over 512 MiB, rows that fill neither the ranges nor the stripes."""
+    rows = (600 << 20) // (cols * dtype.itemsize) + 5
+    big, small, g = random(rows, cols, dtype=dtype), random(3, cols, dtype=dtype), random(rows, dtype=dtype)
+    sums = kernel.column_sums(big, None)[:cols]
+    dw = kernel.backward(g, big, None, 3, 0.37, (False, True, False))[1]
+    y = kernel.forward(small, big, None, 0.37)[0]
+    assert dw is not None
+    wide = big.double()
+    want, terms = wide.sum(0), wide.abs().sum(0)
+    want_w, terms_w = 0.37 * (g.double() @ wide), 0.37 * (g.double().abs() @ wide.abs_())
+    assert bool(((sums.double() - want).abs() <= 5e-7 * terms).all())
+    unit = torch.finfo(dtype).eps
+    assert bool(((dw[2].double() - want_w).abs() <= 0.51 * unit * want_w.abs() + 5e-7 * terms_w).all())
+    best, size = 0.37 * small.double() @ want, 0.37 * small.double().abs() @ terms
+    assert bool(((y.double() - best).abs() <= 0.51 * unit * best.abs() + 5e-7 * size).all())
+    assert torch.equal(sums, kernel.column_sums(big, None)[:cols])
+
+
 def test_more_than_2_31_elements() -> None:
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of free GPU memory")
