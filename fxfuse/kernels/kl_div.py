@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fxfuse.kernels.abi import DOUBLE, DTYPE_CODE, I64, INT, PTR, pointer, stream
+from fxfuse.kernels.abi import DOUBLE, DTYPE_CODE, I64, INT, PTR, allocate, pointer, stream
 from fxfuse.kernels.loader import library
 
-__all__ = ["PARTIALS", "backward", "forward"]
+__all__ = ["PARTIALS", "backward", "forward", "kept_forward"]
 
 #: doubles of scratch for a reduction, kMaxPartials of finish.cuh
 PARTIALS = 4096
@@ -54,6 +54,27 @@ def forward(
         input.numel(), factor, True, log_target, log_input, DTYPE_CODE[input.dtype], index, stream(index),
     )  # fmt: skip
     return out, grads
+
+
+def kept_forward(
+    input: Tensor, reduce: bool, factor: float, log_target: bool, log_input: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """``forward`` without gradients as a function of two tensors, for those of ``input``'s shape, dtype and device."""
+    function, (count, dtype, index) = _functions()[0], (input.numel(), input.dtype, input.device.index)
+    shape = () if reduce else tuple(input.shape)
+    strides = () if reduce else input.stride()
+    code = DTYPE_CODE[dtype]
+
+    def run(input: Tensor, target: Tensor) -> Tensor:
+        out = allocate(shape, strides, dtype, index)
+        scratch = allocate((PARTIALS,), (1,), torch.float64, index) if reduce else None
+        function(
+            input.data_ptr(), target.data_ptr(), out.data_ptr(), None, None, pointer(scratch), count, factor, reduce,
+            log_target, log_input, code, index, stream(index),
+        )  # fmt: skip
+        return out
+
+    return run
 
 
 def backward(

@@ -18,6 +18,7 @@ Everything else is optional:
     buffers                           Tensor arguments the unfused code updates in place, by name (see below)
     direct(*args) -> str              why an eager call on the CPU or a GPU goes straight to the reference; "" when it
                                       does not. Asked first and often: it looks at a size or two, nothing more
+    brief(*args)                      what a direct call runs: the reference, or the same in less of the host's time
     told(road, *args) -> Road         the road in words that fit these very sizes, for a person who asks
 
 `args` are always all arguments of the schema, in order; `wanted` has one bool for each Tensor argument, empty when no
@@ -54,7 +55,7 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None), boo
 
 
 class Direct:
-    """Counts the calls that went straight to their reference, for those who want to know whether all of theirs did."""
+    """Counts the direct calls, for those who want to know whether all of theirs were."""
 
     calls = 0
 
@@ -81,6 +82,7 @@ class Op:
         autocast: Callable[..., tuple[Any, ...]] | None = None,
         buffers: Sequence[str] = (),
         direct: Callable[..., str] | None = None,
+        brief: Callable[..., Any] | None = None,
         told: Callable[..., Road] | None = None,
     ) -> None:
         self.namespace, _, self.name = name.rpartition("::")
@@ -93,6 +95,7 @@ class Op:
         self.again = again or (lambda saved, *args: reference(*args))
         self.autocast = autocast
         self.direct = direct
+        self.brief = brief or reference
         self.told = told
         self.update: dict[str, Any] = {"update": True} if buffers else {}
         self._road = road or functools.partial(_only_road, Road("closed", "its own forward") if forward else _MEANING)
@@ -130,7 +133,7 @@ class Op:
         direct, first = self.direct, args[0]
         if direct is not None and (first.is_cuda or first.is_cpu) and direct(*args):
             Direct.calls += 1
-            return self.reference(*args, **self.update)  # right under autocast and transforms, too
+            return self.brief(*args, **self.update)  # right under autocast and transforms, too
         if not _PLAIN.issuperset(map(type, args)):  # subclasses, symbolic numbers
             return self.overload(*args)
         if transformed():
@@ -139,16 +142,19 @@ class Op:
             return self._under_autocast(args)
         return self._eager(args)
 
-    def inference(self, args: tuple[Any, ...]) -> bool:
-        """Whether this call is an ordinary one of plain tensors without a gradient, a trace or autocast around it."""
+    def ordinary(self, args: tuple[Any, ...]) -> bool:
+        """Whether this call is one of plain tensors, without a trace, a transform or autocast around it."""
         return not (
             torch.compiler.is_compiling()
             or _dispatch_modes()
             or not _PLAIN.issuperset(map(type, args))
             or transformed()
             or _any_autocast()
-            or (torch.is_grad_enabled() and _any_requires_grad(*args))
         )
+
+    def inference(self, args: tuple[Any, ...]) -> bool:
+        """Whether this call is an ordinary one without a gradient."""
+        return self.ordinary(args) and not (torch.is_grad_enabled() and _any_requires_grad(*args))
 
     def _eager(self, args: tuple[Any, ...]) -> Any:
         road = self._road(*args)

@@ -20,7 +20,7 @@ Source: torch.nn.functional.kl_div, ATen/native/Loss.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from fxfuse.kernels.scale_unless_one import why_not
 
 from ._autocast import cast
 from ._blocks import Workspace, block_rows, blocks, widened
-from ._loss import LossOp
+from ._loss import LossOp, Short
 from ._road import Road, floating, together, wide
 
 
@@ -43,6 +43,31 @@ def reference(input: Tensor, target: Tensor, reduction: str, log_target: bool, l
     if reduction == "batchmean" and input.dim() != 0:
         loss = loss / input.size(0)
     return loss
+
+
+def brief(input: Tensor, target: Tensor, reduction: str, log_target: bool, log_input: bool) -> Tensor:
+    """The reference; elementwise on a GPU in a launch and a node of autograd less, inf and NaN where they were."""
+    if reduction == "none" and input.is_cuda and not torch.is_autocast_enabled("cuda"):
+        return aten_elements(input, target, log_target, log_input)(input, target)
+    return reference(input, target, reduction, log_target, log_input)
+
+
+def aten_elements(input: Tensor, target: Tensor, log_target: bool, log_input: bool) -> Callable[..., Tensor]:
+    """reduction="none" of two tensors like these, by ATen."""
+    if (
+        log_target or not target.is_cuda or input.shape != target.shape
+        or input.dtype != target.dtype or input.dtype not in ROUNDED_ONCE
+    ):  # fmt: skip
+        if log_input:
+            return lambda p, t: torch.kl_div(p.log(), t, 0, log_target=log_target)
+        return lambda x, t: torch.kl_div(x, t, 0, log_target=log_target)
+    if log_input:
+        return lambda p, t: torch.addcmul(torch.xlogy(t, t), t, p.log(), value=-1)
+    return lambda x, t: torch.addcmul(torch.xlogy(t, t), t, x, value=-1)
+
+
+#: dtypes whose products may stay in float32 until they are subtracted; float16's overflow before that in eager
+ROUNDED_ONCE = (torch.float32, torch.bfloat16)
 
 
 def road(input: Tensor, target: Tensor, reduction: str, log_target: bool, log_input: bool) -> Road:
@@ -154,7 +179,7 @@ def backward(
     )
 
 
-HOST_BOUND = 1 << 23  # elements: up to here eager's operations on an H200 take less time than their launches
+HOST_BOUND = 1 << 25  # bytes of a tensor: up to here ATen's operations on an H200 take no longer than their launches
 BUFFERS = 5  # what a block touches for each element: two arguments, two or three scratch tensors or results
 
 
@@ -201,14 +226,25 @@ def autocast(
 
 def direct(input: Tensor, target: Tensor, reduction: str, log_target: bool, *others: object) -> str:
     if input.is_cuda:
-        if reduction != "none" or input.numel() > HOST_BOUND or not torch.is_grad_enabled():
+        if reduction != "none" or input.nbytes > HOST_BOUND or not torch.is_grad_enabled():
             return ""
         if not torch._C._any_requires_grad(input, target) or torch.cuda.is_current_stream_capturing():
             return ""
-        return "small, with gradients of every element: the host is the limit, and eager's operations ask less of it"
+        return "small, with gradients of every element: the host is the limit, and ATen's operations ask less of it"
     # Up to here eager's temporaries stay in the last-level cache; where it has few or keeps exp(t), a little longer.
     enough = 1 << (23 if log_target or reduction == "none" else 21)
     return "" if input.numel() >= enough else "small: all of it stays in cache anyway"
+
+
+def short(input: Tensor, target: Tensor, reduction: str, log_target: bool, log_input: bool) -> Short | None:
+    if direct(input, target, reduction, log_target):
+        return Short(aten_elements(input, target, log_target, log_input), direct=True)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, target):
+        return None
+    if input.numel() == 0 or road(input, target, reduction, log_target, log_input) is not KERNEL:
+        return None
+    factor = 1 / count(input, reduction)
+    return Short(kernel.kept_forward(input, reduction != "none", factor, log_target, log_input))
 
 
 OP = LossOp(
@@ -222,6 +258,8 @@ OP = LossOp(
     with_gradients=with_gradients,
     autocast=autocast,
     direct=direct,
+    brief=brief,
+    short=short,
 )
 
 

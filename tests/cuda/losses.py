@@ -12,6 +12,7 @@ from torch import Tensor
 from uninitialised import fill_with_nan
 
 from fxfuse.kernels import loader
+from fxfuse.ops.distillation_kl import OP as DISTILLATION
 from fxfuse.ops.kl_div import OP as KL
 
 kl_module = sys.modules[KL.call.__module__]
@@ -28,6 +29,8 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     assert loader.library() is not None, loader.why_unavailable()
     fill_with_nan(monkeypatch)
     monkeypatch.setattr(kl_module, "HOST_BOUND", -1)  # small calls too take the kernels
+    KL.forget()
+    DISTILLATION.forget()
     torch.manual_seed(0)
 
 

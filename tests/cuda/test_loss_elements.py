@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from losses import DTYPES, INF, NAN, SHAPES, check, eager_distillation, eager_kl, kl_module, road, with_grads
+from losses import DTYPES, INF, NAN, SHAPES, check, eager_distillation, eager_kl, kl_module, road
+from torch import Tensor
 
 from fxfuse.ops.distillation_kl import OP as DISTILLATION
 from fxfuse.ops.distillation_kl import distillation_kl, reference
@@ -72,20 +75,65 @@ def test_every_element_has_eagers_inf_and_nan(dtype: torch.dtype, rows: int, voc
                 assert same and torch.equal(one[row].isinf(), peer[row].isinf()), (scale, row)
 
 
-def test_small_elementwise_steps_go_by_eagers_own_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_is_brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kl_module, "HOST_BOUND", 1 << 23)
+    KL.forget()
+
+
+def test_small_elementwise_calls_go_by_atens_operations(small_is_brief: None) -> None:
     x = torch.rand(64, 100, device="cuda", requires_grad=True)
     t = torch.rand(64, 100, device="cuda")
     args = "none", False, True
     assert KL.road(x, t, *args).name == "composed" and "host" in KL.road(x, t, *args).why
     assert KL.road(x, t, "sum", *args[1:]).name == "kernel"
-    for ours, peer in zip(*(with_grads(loss, x, t) for loss in (
-        lambda x, t: kl_div(x, t, *args), lambda x, t: eager_kl(x, t, *args))), strict=True):  # fmt: skip
-        assert torch.equal(ours, peer)
+    middling = torch.rand(2000, 700, device="cuda", requires_grad=True)
+    large = torch.rand(3000, 3000, device="cuda", requires_grad=True)
+    assert KL.road(middling, middling, *args).name == "composed"
+    assert KL.road(large, large, *args).name == "kernel"
     with torch.no_grad():
         assert KL.road(x, t, *args).name == "kernel"
-    large = torch.rand(3000, 3000, device="cuda", requires_grad=True)
-    assert KL.road(large, large, *args).name == "kernel"
     with torch.cuda.graph(torch.cuda.CUDAGraph()):  # replayed without the host
         assert KL.road(x, t, *args).name == "kernel"
         x * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("log_input", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_small_elementwise_calls_are_as_near_as_eagers(
+    small_is_brief: None, dtype: torch.dtype, log_target: bool, log_input: bool, both: bool
+) -> None:
+    def results(loss: Callable[..., Tensor], x: Tensor, t: Tensor, grad: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_(), t.detach().requires_grad_(both)]
+        out = loss(*leaves, "none", log_target, log_input)
+        return [out.detach(), *torch.autograd.grad(out, leaves[: 1 + both], grad.to(out.dtype))]
+
+    draws = []
+    for _ in range(12):
+        x, t = (torch.randn(64, 100, device="cuda").log_softmax(-1) for _ in range(2))
+        x, t = (x.exp() if log_input else x).to(dtype), (t if log_target else t.exp()).to(dtype)
+        grad = torch.randn(64, 100, device="cuda").to(dtype)
+        wide = x.double(), t.double(), grad
+        draws.append((results(kl_div, x, t, grad), results(eager_kl, x, t, grad), results(eager_kl, *wide)))
+    check(draws)
+    most = torch.finfo(dtype).max
+    edges = torch.tensor(
+        [0.0, -0.0, 1, -1, INF, -INF, NAN, most, most / 8, most**0.5 * 2, 100, -100, 1e-7], device="cuda"
+    )
+    x, t = (v.flatten().to(dtype) for v in torch.meshgrid(edges, edges, indexing="ij"))
+    for grad in (torch.ones_like(x), torch.full_like(x, INF)):
+        for ours, peer in zip(results(kl_div, x, t, grad), results(eager_kl, x, t, grad), strict=True):
+            assert torch.equal(ours.isnan(), peer.isnan())
+            assert torch.equal(ours.isposinf(), peer.isposinf()) and torch.equal(ours.isneginf(), peer.isneginf())
+
+
+def test_small_elementwise_calls_are_differentiable_twice_and_vmapped(small_is_brief: None) -> None:
+    x, t = (torch.rand(5, 6, device="cuda", dtype=torch.float16) + 0.1 for _ in range(2))
+    leaf = x.float().requires_grad_()
+    (grad,) = torch.autograd.grad(kl_div(leaf, t.float(), "none", False, True).sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), leaf)
+    torch.testing.assert_close(second, t.float() / x.float() ** 2)
+    each = torch.vmap(lambda row: kl_div(row, t[0], "none"))(x)
+    torch.testing.assert_close(each, torch.stack([eager_kl(row, t[0], "none", False, False) for row in x]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import matmul_div_sum_scale, small_gemm
+from fxfuse.kernels import kl_div, matmul_div_sum_scale, small_gemm
 
 
 def filled(tensor: Tensor) -> Tensor:
@@ -23,7 +23,8 @@ def filled(tensor: Tensor) -> Tensor:
 def fill_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends, whatever is allocated without being initialised."""
     for place, name in (
-        (torch, "empty"), (torch, "empty_like"), (small_gemm, "allocate"), (matmul_div_sum_scale, "allocate")
+        (torch, "empty"), (torch, "empty_like"), (kl_div, "allocate"), (small_gemm, "allocate"),
+        (matmul_div_sum_scale, "allocate"),
     ):  # fmt: skip
         allocate = getattr(place, name)
 
