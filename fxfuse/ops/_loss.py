@@ -7,10 +7,7 @@ graph computes them anew from the arguments, and second derivatives differentiat
 Traced calls keep loss and gradient apart: what a dispatcher op saves may not be handed out again, and a copy costs as
 much as computing the gradient does.
 
-A call on a GPU that is like one made before takes a short road: what that came to is kept as a function of the two
-tensors, and Dynamo's guards say in one question whether these two are of the same kind (type, dtype, device, shape,
-strides, gradient, and the dispatch keys by which autocast, functorch, inference and dispatch modes act). Unlike what
-_short.py keeps, such a function rests on no address, and there are some with gradients.
+A call on a GPU that is like one made before takes a short road (_kinds.py), with gradients and without.
 """
 
 from __future__ import annotations
@@ -20,38 +17,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fxfuse.kernels.scale_unless_one import scale_unless_one
 
 from ._autograd import Differentiable
-from ._op import Direct, Op
+from ._kinds import Kind, Kinds
+from ._op import Op
 from ._road import Road
-from ._short import Guards
 
 #: (*args, wanted) -> the loss and its gradients, or None where this call has no such pass
 WithGradients = Callable[..., "tuple[Tensor, list[Tensor | None]] | None"]
-
-
-class Short:
-    """What a call comes to, as a function of its two tensors; `direct` where that is ATen's own operations."""
-
-    __slots__ = ("direct", "grad_mode", "run", "same")
-
-    def __init__(self, run: Callable[[Tensor, Tensor], Tensor], *, direct: bool = False) -> None:
-        self.run = run
-        self.direct = direct
-
-    def rests_on(self, one: Tensor, two: Tensor) -> None:
-        self.same = Guards(one, two, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-        self.grad_mode = _grad_enabled() if one.requires_grad or two.requires_grad else None
 
 
 class LossOp(Op):
     """An `Op` of two tensors and numbers, with two more ways.
 
     with_gradients(*args, wanted)     loss and gradients in one pass; taken by eager calls on the road `kernel`
-    short(*args) -> Short | None      what an ordinary call on a GPU with these arguments comes to, where less will do
+    short(*args) -> Kind | None       what an ordinary call on a GPU with these arguments comes to, where less will do
                                       than the ways of an `Op`
     """
 
@@ -60,65 +42,43 @@ class LossOp(Op):
         *args: Any,
         kernel: Road,
         with_gradients: WithGradients,
-        short: Callable[..., Short | None] | None = None,
+        short: Callable[..., Kind | None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.kernel = kernel
         self.with_gradients = with_gradients
         self.short = short
-        self._kept: dict[tuple[Any, ...], list[Short]] = {}  # by the numbers, the last to come first
+        self.kinds = Kinds()
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.overload(*args)
         one, two, numbers = args[0], args[1], args[2:]
-        for kept in self._kept.get(numbers, ()):
-            if (
-                kept.same(one, two)
-                and (kept.grad_mode is None or kept.grad_mode is _grad_enabled())
-                and not _has_torch_function(one)  # a mode: the type is known
-                and forward_ad._current_level < 0
-            ):
-                if not kept.direct:
-                    return kept.run(one, two)
-                if not _capturing():  # replayed without the host, whose time is what counts
-                    Direct.calls += 1
-                    return kept.run(one, two)
+        run = self.kinds.find(numbers, one, two)
+        if run is not None:
+            return run(one, two)
         out = super().__call__(*args)
-        if Guards is not None and isinstance(one, Tensor) and one.is_cuda and self.ordinary(args) and not _capturing():
-            short = self._short(one, two, numbers)
-            short.rests_on(one, two)
-            self._kept[numbers] = [short, *self._kept.get(numbers, ())][:MOST_KEPT]
+        self.kinds.keep(self, args, numbers, one, two, make=lambda: self._short(one, two, numbers))
         return out
 
-    def _short(self, one: Tensor, two: Tensor, numbers: tuple[Any, ...]) -> Short:
+    def _short(self, one: Tensor, two: Tensor, numbers: tuple[Any, ...]) -> Kind:
         args = one, two, *numbers
         if self.short is not None and (short := self.short(*args)) is not None:
             return short
         if self.direct is not None and self.direct(*args):
-            return Short(lambda one, two: self.brief(one, two, *numbers), direct=True)
+            return Kind(lambda one, two: self.brief(one, two, *numbers), direct=True)
         road = self._road(*args)
         if road is not self.kernel:
-            return Short(lambda one, two: self.reference(one, two, *numbers))
+            return Kind(lambda one, two: self.reference(one, two, *numbers))
         if torch.is_grad_enabled() and torch._C._any_requires_grad(one, two):
-            return Short(lambda one, two: GradientsInForward.call(self, road, one, two, *numbers))
-        return Short(lambda one, two: self.forward(road, one, two, *numbers)[0])
-
-    def forget(self) -> None:
-        """Forget what is kept of earlier calls."""
-        self._kept.clear()
+            return Kind(lambda one, two: GradientsInForward.call(self, road, one, two, *numbers))
+        return Kind(lambda one, two: self.forward(road, one, two, *numbers)[0])
 
     def _eager(self, args: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args) and self._road(*args) is self.kernel:
             return GradientsInForward.call(self, self.kernel, *args)
         return super()._eager(args)
-
-
-MOST_KEPT = 4  # for the same numbers; a check that fails costs 0.1 us
-_grad_enabled = torch.is_grad_enabled
-_has_torch_function = torch._C._has_torch_function_unary
-_capturing = torch.cuda.is_current_stream_capturing
 
 
 class GradientsInForward(Differentiable):

@@ -31,7 +31,8 @@ from fxfuse.kernels.scale_unless_one import why_not
 
 from ._autocast import cast
 from ._blocks import Workspace, block_rows, blocks, widened
-from ._loss import LossOp, Short
+from ._kinds import Kind
+from ._loss import LossOp
 from ._road import Road, floating, together, wide
 
 
@@ -236,15 +237,15 @@ def direct(input: Tensor, target: Tensor, reduction: str, log_target: bool, *oth
     return "" if input.numel() >= enough else "small: all of it stays in cache anyway"
 
 
-def short(input: Tensor, target: Tensor, reduction: str, log_target: bool, log_input: bool) -> Short | None:
+def short(input: Tensor, target: Tensor, reduction: str, log_target: bool, log_input: bool) -> Kind | None:
     if direct(input, target, reduction, log_target):
-        return Short(aten_elements(input, target, log_target, log_input), direct=True)
+        return Kind(aten_elements(input, target, log_target, log_input), direct=True)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, target):
         return None
     if input.numel() == 0 or road(input, target, reduction, log_target, log_input) is not KERNEL:
         return None
     factor = 1 / count(input, reduction)
-    return Short(kernel.kept_forward(input, reduction != "none", factor, log_target, log_input))
+    return Kind(kernel.kept_forward(input, reduction != "none", factor, log_target, log_input))
 
 
 OP = LossOp(

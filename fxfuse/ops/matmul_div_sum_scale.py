@@ -30,7 +30,9 @@ from fxfuse.freeze import Kept
 from fxfuse.kernels import matmul_div_sum_scale as kernel
 
 from ._autocast import cast
+from ._autograd import Differentiable
 from ._blocks import block_rows, blocks
+from ._kinds import Kind, Kinds
 from ._op import Op
 from ._product import product
 from ._road import HALF, Road, floating, together, wide
@@ -288,9 +290,11 @@ def matmul_div_sum_scale(
     Returns [...] (or [..., 1] with keepdim) in the dtype of x. Under CUDA autocast the sum is float32.
     Raises what torch.nn.functional.linear raises for shapes and dtypes that do not fit.
     """
-    if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling() or _wants_gradient(x, weight, bias):
+    if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling():
         out: Tensor = OP(x, weight, bias, scale, dim, keepdim, mean, dtype)
         return out
+    if _wants_gradient(x, weight, bias):
+        return _step(x, weight, bias, (scale, dim, keepdim, mean, dtype))
     key, tensors, numbers = (id(weight), x.shape), (x, weight, bias), (scale, dim, keepdim, mean, dtype)
     launch = CALLS.find(key, tensors, numbers)
     if launch is not None and (kept := launch(x)) is not None:
@@ -307,8 +311,28 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
+def _step(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[Any, ...]) -> Tensor:
+    """A call whose gradient is wanted, by what a call like it came to."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    key = len(tensors), *numbers
+    run = STEPS.find(key, *tensors)
+    if run is not None:
+        return run(x, weight, bias)
+    args = x, weight, bias, *numbers
+
+    def kind() -> Kind:
+        way = road(*args)
+        if way.composed:
+            return Kind(lambda x, weight, bias: reference(x, weight, bias, *numbers))
+        return Kind(lambda x, weight, bias: Differentiable.call(OP, way, x, weight, bias, *numbers))
+
+    out: Tensor = OP(*args)
+    STEPS.keep(OP, args, key, *tensors, make=kind)
+    return out
+
+
 _kept = Kept()
-CALLS, FROZEN = Calls(), Calls()
+CALLS, FROZEN, STEPS = Calls(), Calls(), Kinds()
 
 
 def frozen(

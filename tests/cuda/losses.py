@@ -29,8 +29,8 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     assert loader.library() is not None, loader.why_unavailable()
     fill_with_nan(monkeypatch)
     monkeypatch.setattr(kl_module, "HOST_BOUND", -1)  # small calls too take the kernels
-    KL.forget()
-    DISTILLATION.forget()
+    KL.kinds.forget()
+    DISTILLATION.kinds.forget()
     torch.manual_seed(0)
 
 

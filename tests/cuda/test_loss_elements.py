@@ -78,7 +78,7 @@ def test_every_element_has_eagers_inf_and_nan(dtype: torch.dtype, rows: int, voc
 @pytest.fixture
 def small_is_brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kl_module, "HOST_BOUND", 1 << 23)
-    KL.forget()
+    KL.kinds.forget()
 
 
 def test_small_elementwise_calls_go_by_atens_operations(small_is_brief: None) -> None:

@@ -10,7 +10,7 @@ from losses import DTYPES, eager_kl, kl_module, road
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fxfuse.ops._loss import Short
+from fxfuse.ops._kinds import Kind
 from fxfuse.ops.distillation_kl import OP as DISTILLATION
 from fxfuse.ops.distillation_kl import distillation_kl
 from fxfuse.ops.kl_div import OP as KL
@@ -30,19 +30,19 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[Short]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Kind]:
     """What was kept, at every time that it ran."""
-    seen: list[Short] = []
-    init = Short.__init__
+    seen: list[Kind] = []
+    init = Kind.__init__
 
-    def spied(self: Short, run: Any, **kwargs: Any) -> None:
+    def spied(self: Kind, run: Any, **kwargs: Any) -> None:
         def counted(one: Tensor, two: Tensor) -> Tensor:
             seen.append(self)
             return run(one, two)  # type: ignore[no-any-return]
 
         init(self, counted, **kwargs)
 
-    monkeypatch.setattr(Short, "__init__", spied)
+    monkeypatch.setattr(Kind, "__init__", spied)
     return seen
 
 
@@ -52,7 +52,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Short]:
 @pytest.mark.parametrize("log_input", [False, True])
 @pytest.mark.parametrize("bound", [-1, 1 << 23])
 def test_kept_calls_give_the_same_bits(
-    dtype: torch.dtype, reduction: str, log_target: bool, log_input: bool, bound: int, runs: list[Short],
+    dtype: torch.dtype, reduction: str, log_target: bool, log_input: bool, bound: int, runs: list[Kind],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(kl_module, "HOST_BOUND", bound)
@@ -67,7 +67,7 @@ def test_kept_calls_give_the_same_bits(
         assert len(runs) == kept and not runs[-1].direct
         assert torch.equal(first, again) and first.stride() == again.stride() and first.dtype == again.dtype
         fresh = kl_div(*other, *numbers)  # tensors at other addresses
-        KL.forget()
+        KL.kinds.forget()
         assert torch.equal(fresh, kl_div(*other, *numbers))
         kept += 1
         grads = []
@@ -82,10 +82,10 @@ def test_kept_calls_give_the_same_bits(
 
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
 @pytest.mark.parametrize("grads", [False, True])
-def test_kept_calls_of_distillation_give_the_same_bits(reduction: str, grads: bool, runs: list[Short]) -> None:
+def test_kept_calls_of_distillation_give_the_same_bits(reduction: str, grads: bool, runs: list[Kind]) -> None:
     numbers = -1, 2.0, 3.0, 6.0, reduction, False
     s, t = torch.randn(2, 9, 1000, device="cuda")
-    DISTILLATION.forget()
+    DISTILLATION.kinds.forget()
     results = []
     for _ in range(2):
         leaf = s.detach().requires_grad_(grads)
@@ -95,9 +95,9 @@ def test_kept_calls_of_distillation_give_the_same_bits(reduction: str, grads: bo
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
-def test_what_changed_is_seen(runs: list[Short]) -> None:
+def test_what_changed_is_seen(runs: list[Kind]) -> None:
     x, t = pair(40, 50)
-    KL.forget()
+    KL.kinds.forget()
 
     def right(x: Tensor, t: Tensor, taken: int) -> None:
         del runs[:]
@@ -126,7 +126,7 @@ def test_what_changed_is_seen(runs: list[Short]) -> None:
     right(x, t, 1)
 
 
-def test_elementwise_steps_are_not_kept_for_graphs(runs: list[Short], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elementwise_steps_are_not_kept_for_graphs(runs: list[Kind], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kl_module, "HOST_BOUND", 1 << 23)
     x, t = pair(40, 50)
     leaf = x.detach().requires_grad_()
@@ -141,7 +141,7 @@ def test_elementwise_steps_are_not_kept_for_graphs(runs: list[Short], monkeypatc
     torch.testing.assert_close(loss, eager_kl(leaf, t, "none", False, True))
 
 
-def test_a_kept_call_on_a_side_stream(runs: list[Short]) -> None:
+def test_a_kept_call_on_a_side_stream(runs: list[Kind]) -> None:
     x, t = pair(400, 500)
     want = kl_div(x, t, "sum", False, True)
     side = torch.cuda.Stream()
@@ -156,7 +156,7 @@ def test_a_kept_call_on_a_side_stream(runs: list[Short]) -> None:
     torch.testing.assert_close(found, 0.5 * want)
 
 
-def test_a_traced_call_is_not_a_kept_one(runs: list[Short]) -> None:
+def test_a_traced_call_is_not_a_kept_one(runs: list[Kind]) -> None:
     x, t = pair(40, 50)
     for _ in range(2):
         want = kl_div(x, t, "sum", False, True)

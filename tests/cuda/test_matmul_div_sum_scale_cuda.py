@@ -13,7 +13,7 @@ from torch import Tensor
 from uninitialised import fill_with_nan
 
 from fxfuse.kernels import matmul_div_sum_scale as kernel
-from fxfuse.ops.matmul_div_sum_scale import OP, matmul_div_sum_scale, reference
+from fxfuse.ops.matmul_div_sum_scale import OP, STEPS, matmul_div_sum_scale, reference
 
 module = sys.modules[OP.call.__module__]
 
@@ -288,6 +288,48 @@ def test_second_device() -> None:
 
 
 # --- the short road -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_kept_steps_give_the_same_bits(dtype: torch.dtype, bias: bool) -> None:
+    STEPS.forget()
+    x, w, g = random(9, 40, dtype=dtype), random(30, 40, dtype=dtype), random(9, dtype=dtype)
+    b = random(30, dtype=dtype) if bias else None
+    key = 2 + bias, 0.37, -1, False, False, None
+
+    def step(*wanted: bool) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_(w) for t, w in zip((x, w, b), wanted, strict=True) if t is not None]
+        found.append(STEPS.find(key, *leaves) is not None)
+        y = matmul_div_sum_scale(leaves[0], leaves[1], leaves[2] if bias else None, 0.37)
+        return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t.requires_grad], g.to(y.dtype))]
+
+    found: list[bool] = []
+    first, again = step(True, True, bias), step(True, True, bias)
+    assert found == [False, True]
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    alone, again = step(False, True, False), step(False, True, False)  # other gradients are another kind
+    assert found == [False, True, False, True]
+    assert torch.equal(alone[1], first[2]) and torch.equal(again[1], first[2])
+    with torch.autocast("cuda", torch.bfloat16):
+        y = step(True, True, bias)[0]
+    assert not found[-1] and y.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+    x = random(5, 9, 40, dtype=dtype)[2]
+    assert torch.equal(step(True, True, bias)[2], matmul_steps(x, w, b, g)[2]) and found[-1]  # at another address
+    x = random(40, 9, dtype=dtype).t()
+    step(True, True, bias)
+    assert not found[-1]
+    with torch.no_grad():
+        matmul_div_sum_scale(x.requires_grad_(), w, b, 0.37)
+        assert STEPS.find(key, *[t for t in (x, w, b) if t is not None]) is None
+
+
+def matmul_steps(x: Tensor, w: Tensor, b: Tensor | None, g: Tensor) -> list[Tensor]:
+    """What `run` gives, on a road that is not kept."""
+    STEPS.forget()
+    leaves = [t.detach().requires_grad_() for t in (x, w, b) if t is not None]
+    y = matmul_div_sum_scale(leaves[0], leaves[1], leaves[2] if b is not None else None, 0.37)
+    return [y.detach(), *torch.autograd.grad(y, leaves, g)]
 
 
 @pytest.fixture(params=["whole", "frozen"])
