@@ -191,6 +191,16 @@ def test_the_last_to_come_is_asked_first_and_the_first_is_forgotten():
     assert kinds.find(("sum", 2.0), x, t)(x, t) is t
 
 
+def test_no_more_is_kept_than_so_many_numbers(monkeypatch):
+    monkeypatch.setattr(_kinds, "MOST_NUMBERS", 3)
+    kinds = Kinds()
+    x, t = pair()
+    for number in range(4):  # the fourth is one too many: all are forgotten but it
+        keep(kinds, x, t, ("sum", number))
+        keep(kinds, x, t, ("sum", number))
+    assert [found(kinds, x, t, ("sum", number)) for number in range(4)] == [False, False, False, True]
+
+
 def test_nothing_is_kept_of_a_call_off_the_gpu(monkeypatch):
     monkeypatch.undo()
     kinds = Kinds()

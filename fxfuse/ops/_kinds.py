@@ -18,6 +18,7 @@ from ._op import Direct, Op
 from ._short import Guards
 
 MOST = 4  # kinds kept for the same numbers; a check that fails costs 0.1 us
+MOST_NUMBERS = 1024  # past that all are forgotten, and kept anew: a temperature may be another one in every step
 Run = Callable[..., Any]
 
 _grad_enabled = torch.is_grad_enabled
@@ -71,6 +72,8 @@ class Kinds:
         if op.ordinary(args) and not _capturing():
             kind = make()
             kind.rests_on(tensors)
+            if len(self._kinds) >= MOST_NUMBERS and numbers not in self._kinds:
+                self.forget()
             self._kinds[numbers] = [kind, *self._kinds.get(numbers, ())][:MOST]
 
     def forget(self) -> None:
