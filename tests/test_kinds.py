@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,6 +103,7 @@ AROUND = {
     "inference mode": torch.inference_mode,
     "a torch function mode": _Function,
     "a dispatch mode": _Dispatch,
+    "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
     "forward-mode AD": forward_ad.dual_level,
 }
 

@@ -1,7 +1,7 @@
 """The short road by kind: what a call on a GPU came to, kept as a function of its tensors for others like them.
 
 Dynamo's guards say in one question whether tensors are of the kept kind: type, dtype, device, shape, strides, gradient,
-and the dispatch keys by which autocast, functorch, inference and dispatch modes act. Unlike the launches of _short.py,
+and the dispatch keys by which autocast, functorch and inference mode act. Unlike the launches of _short.py,
 such a function rests on no address, and may have a gradient.
 """
 
@@ -22,6 +22,7 @@ MOST_NUMBERS = 1024  # past that all are forgotten, and kept anew: a temperature
 Run = Callable[..., Any]
 
 _grad_enabled = torch.is_grad_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 _has_torch_function = torch._C._has_torch_function_unary
 _capturing = torch.cuda.is_current_stream_capturing
 
@@ -52,6 +53,7 @@ class Kinds:
             if (
                 kind.same(*tensors)
                 and (kind.grad_mode is None or kind.grad_mode is _grad_enabled())
+                and not _dispatch_modes()  # the guards miss that of fake tensors
                 and not _has_torch_function(tensors[0])  # a mode: the type is known
                 and forward_ad._current_level < 0
             ):
