@@ -27,7 +27,7 @@ RECORD = "libfxfuse.json"
 #: What is compiled: machine code for 8.0 with PTX for everything else, and 9.0 with Hopper's own instructions.
 TARGETS = ("arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a")
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", "-Xcompiler=-O2")
-#: Machine code compressed as tightly as it goes, a quarter of its size; from this nvcc on, all whose drivers read it.
+#: Machine code compressed as tightly as it goes, a fifth of its size; from this nvcc on, all whose drivers read it.
 COMPRESSED, COMPRESSES = "--compress-mode=size", (13, 0)
 # Nothing of the static CUDA runtime is exported, so it cannot meet the runtime that torch loads.
 LINK_FLAGS = ("-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", "-Xlinker=--as-needed")
