@@ -60,9 +60,5 @@ docs: $(STAMP)  ## build the documentation into out/site; a warning is an error
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-sanitize: $(STAMP)  ## the CUDA tests of the kernels under compute-sanitizer: memcheck, racecheck, synccheck
-	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer comes with the CUDA toolkit; put it on PATH" >&2; exit 1; }
-	for tool in memcheck racecheck synccheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 99 --target-processes all \
-	    $(PY) -m pytest tests/cuda -m cuda -q -p no:cacheprovider $(ARGS) || exit 1; \
-	done
+sanitize: $(STAMP)  ## the CUDA tests under compute-sanitizer: memcheck, racecheck, synccheck
+	$(PY) tests/sanitize.py $(ARGS)

@@ -90,13 +90,30 @@ struct TrainState {
     const float slope = k.gamma * k.s * rstd(k, m);
     return {1.f, -m.mean, slope, fmaf(-rest, slope, k.beta)};
   }
+  // What the running statistics are updated from; loaded early where latency counts.
+  struct Before {
+    float bias, mean, var;
+  };
+  __device__ __forceinline__ Before before(int64_t c) const {
+    if (running_mean.data == nullptr) return {0.f, 0.f, 0.f};
+    return {linear.bias.at(c, 0.f), running_mean.read().at(c, 0.f), running_var.read().at(c, 0.f)};
+  }
+  // Has L2 fetch both.
+  __device__ __forceinline__ void prefetch(int64_t c) const {
+    linear.scale.prefetch(c), linear.divisor.prefetch(c), norm.gamma.prefetch(c), norm.beta.prefetch(c);
+    if (running_mean.data == nullptr) return;
+    linear.bias.prefetch(c), running_mean.read().prefetch(c), running_var.read().prefetch(c);
+  }
   // Updates the running statistics (torch's rules: unbiased variance) and saves.
   __device__ __forceinline__ void record(int64_t c, const Known& k, const Moments& m, float rest = 0.f) const {
+    record(c, k, before(c), m, rest);
+  }
+  __device__ __forceinline__ void record(int64_t c, const Known& k, const Before& before, const Moments& m, float rest = 0.f) const {
     if (running_mean.data != nullptr) {
-      const float z_mean = k.s * (m.mean + linear.bias.at(c, 0.f));
+      const float z_mean = k.s * (m.mean + before.bias);
       const float unbiased = k.s * k.s * (m.m2 / (m.count - 1.f));
-      running_mean.set(c, momentum * z_mean + (1.f - momentum) * running_mean.read().at(c, 0.f));
-      running_var.set(c, momentum * unbiased + (1.f - momentum) * running_var.read().at(c, 0.f));
+      running_mean.set(c, momentum * z_mean + (1.f - momentum) * before.mean);
+      running_var.set(c, momentum * unbiased + (1.f - momentum) * before.var);
     }
     if (c == 0 && batches != nullptr) *batches += 1;
     saved[c] = m.mean;

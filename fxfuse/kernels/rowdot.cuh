@@ -18,14 +18,18 @@ constexpr int kRowdotTile = 8;  // rows that are reduced together
 // with less to set up.
 constexpr int64_t kPhasedBytes = 4 << 20;
 
-// By the number of 16-byte pieces of a row per thread: rows in flight, and blocks that share a multiprocessor. Together
-// they fill its shared memory, and leave room for the kernel that computes v in its registers.
-template <typename T, int CHUNKS>
+// From this size on, reading x is what there is to do, not filling the device beside the kernel that computes v: more blocks
+// with fewer rows in flight each keep memory busier.
+constexpr int64_t kLongBytes = 128 << 20;
+
+// By the number of 16-byte pieces of a row per thread: rows in flight, and blocks of the grid for each multiprocessor. Together
+// they fill its shared memory, and leave room for the kernel that computes v in its registers. LONG: x has kLongBytes.
+template <typename T, int CHUNKS, bool LONG = false>
 struct RowdotShape {
-  static constexpr bool kFull = CHUNKS * Pack<T>::N == 32;
-  static constexpr int kStages = CHUNKS == 8 ? 6 : CHUNKS == 4 ? (kFull ? 8 : 4) : CHUNKS == 2 ? 6 : 8;
+  static constexpr bool kFull = CHUNKS * Pack<T>::N == 32, kLong = kFull && LONG;
+  static constexpr int kStages = CHUNKS == 8 ? (kLong ? 4 : 6) : CHUNKS == 4 ? (kLong ? 5 : kFull ? 8 : 4) : CHUNKS == 2 ? 6 : 8;
   static constexpr int kRing = kStages * CHUNKS * kRowdotThreads * 16;  // bytes of shared memory
-  static constexpr int kBlocks = CHUNKS == 1 ? 5 : CHUNKS == 2 ? 4 : kFull ? 1 : 3;
+  static constexpr int kBlocks = CHUNKS == 1 ? 5 : CHUNKS == 2 ? 4 : kLong ? 2 : kFull ? 1 : 3;
   static constexpr int kRegisterBlocks = CHUNKS == 1 ? 5 : kFull ? 3 : 4;
 };
 
@@ -74,11 +78,11 @@ __device__ __forceinline__ double reduce_tile(const float (&sum)[kRowdotTile]) {
 }
 
 // CHUNKS: 16-byte pieces of a panel per thread. PHASED: rows may begin and end anywhere.
-template <typename T, int CHUNKS, bool PHASED>
+template <typename T, int CHUNKS, bool PHASED, bool LONG>
 __global__ void __launch_bounds__(kRowdotThreads, RowdotShape<T, CHUNKS>::kRegisterBlocks)
     rowdot_kernel(RowdotArgs<T> args) {
   constexpr int kVec = Pack<T>::N;
-  constexpr int kStages = RowdotShape<T, CHUNKS>::kStages;
+  constexpr int kStages = RowdotShape<T, CHUNKS, LONG>::kStages;
   extern __shared__ uint4 ring[];  // [stage][chunk][thread]
   constexpr int kEdge = 2 * kVec, kEdgeSteps = PHASED ? kRowdotTile * (kRowdotThreads / kWarp) * kEdge / kRowdotThreads : 1;
   __shared__ double shared[2][kRowdotTile][kRowdotThreads / kWarp];
@@ -223,10 +227,10 @@ __global__ void __launch_bounds__(kRowdotThreads, RowdotShape<T, CHUNKS>::kRegis
   }
 }
 
-template <typename T, int CHUNKS, bool PHASED>
+template <typename T, int CHUNKS, bool PHASED, bool LONG = false>
 inline cudaError_t launch_rowdot_chunks(const DeviceProps& props, const RowdotArgs<T>& args, cudaStream_t stream) {
-  using Shape = RowdotShape<T, CHUNKS>;
-  constexpr auto kKernel = rowdot_kernel<T, CHUNKS, PHASED>;
+  using Shape = RowdotShape<T, CHUNKS, LONG>;
+  constexpr auto kKernel = rowdot_kernel<T, CHUNKS, PHASED, LONG>;
   const cudaError_t error = prepare_shared_memory<kKernel>(Shape::kRing);
   if (error != cudaSuccess) return error;
   const int64_t blocks = max(int64_t(1), int64_t(Shape::kBlocks) * props.sm_count / args.phases);  // of each phase
@@ -254,6 +258,8 @@ inline cudaError_t launch_rowdot_pieces(const DeviceProps& props, RowdotArgs<T> 
   const int64_t chunks = ceil_div(args.panel_chunks, int64_t(1) << args.lanes_log2);
   if (chunks <= 1) return launch_rowdot_chunks<T, 1, PHASED>(props, args, stream);
   if (chunks <= 2) return launch_rowdot_chunks<T, 2, PHASED>(props, args, stream);
+  const bool is_long = chunks > kMost / 2 && args.rows * args.cols * int64_t(sizeof(T)) >= kLongBytes;
+  if (is_long) return launch_rowdot_chunks<T, kMost, PHASED, true>(props, args, stream);
   if (chunks <= 4) return launch_rowdot_chunks<T, 4, PHASED>(props, args, stream);
   if constexpr (kMost == 8) return launch_rowdot_chunks<T, 8, PHASED>(props, args, stream);
   return cudaErrorInvalidValue;

@@ -110,6 +110,7 @@ struct Loader {
   static constexpr int kSteps = (Tile::BM + Tile::BN + kAtOnce - 1) / kAtOnce;
   static constexpr int kEach = 16 / int(sizeof(T));
   const T* row[kSteps];  // null: outside the matrix
+  const void* base;
   int64_t k;
   int first;             // element of this thread's chunk within a stage
   uint32_t shared;
@@ -117,7 +118,7 @@ struct Loader {
   bool aligned;
 
   __device__ __forceinline__ Loader(const Operands& o, char* memory, int64_t m0, int64_t n0, bool aligned_)
-      : k(o.k), aligned(aligned_) {
+      : base(o.x), k(o.k), aligned(aligned_) {
     const int chunk = threadIdx.x % kChunks, r0 = threadIdx.x / kChunks;
     first = chunk * kEach;
     generic = memory + r0 * Tile::kPitch + chunk * 16;
@@ -145,7 +146,8 @@ struct Loader {
       const int offset = slot * Tile::kStage + i * kAtOnce * Tile::kPitch;
       const int elements = row[i] == nullptr ? 0 : count;
       if (aligned) {
-        async_load(shared + offset, elements == 0 ? nullptr : row[i] + at, elements * int(sizeof(T)));
+        const void* const from = elements == 0 ? base : row[i] + at;  // an address that exists, read or not
+        async_load(shared + offset, from, elements * int(sizeof(T)));
       } else {
         Pack<T> v;
         v.raw = {0, 0, 0, 0};

@@ -337,6 +337,7 @@ def test_memory_is_the_gradients_and_rows() -> None:
     assert torch.cuda.max_memory_allocated() - before <= s.nbytes + 4 * 2**20
 
 
+@pytest.mark.large
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 << 30,
     reason="needs 60 GB of GPU memory",

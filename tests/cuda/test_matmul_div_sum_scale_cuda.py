@@ -261,6 +261,7 @@ def test_matrices_that_pairs_of_blocks_read(dtype: torch.dtype, cols: int) -> No
     assert torch.equal(sums, kernel.column_sums(big, None)[:cols])
 
 
+@pytest.mark.large
 def test_more_than_2_31_elements() -> None:
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of free GPU memory")

@@ -7,6 +7,7 @@
 
 #include "../batchnorm_columns.cuh"
 #include "behind.cuh"
+#include "column_statistics.cuh"
 #include "wgmma.cuh"
 
 namespace fxfuse::hopper {
@@ -20,18 +21,32 @@ class BatchExchange {
   static constexpr int kBarrier = 4;  // of all consumers
   static_assert(BN <= kThreads, "a column a thread");
 
-  // Waits for `expected` warpgroups, then merges partials [ceil(rows / 64), columns]. known, maps: shared memory, (s, gamma,
-  // beta) and room for (slope, shift) of each column of the tile. Returns the moments of the thread's column, for `record`.
-  static __device__ __forceinline__ Moments finish(const TrainState& state, const float2* partials, const int* arrived,
-                                                   int expected, const float4* known, float2* maps, int rows, int n,
-                                                   int thread) {
+  // What a thread knows of its column of the tile.
+  struct Column {
+    TrainState::Known known;
+    TrainState::Before before;
+    Moments moments;
+  };
+  // The column's statistics are for whoever comes later; each of the `blocks` of a column of tiles records its share.
+  static __device__ __forceinline__ bool records(const TrainState& state, int n, int block, int blocks, int thread) {
+    return thread < BN && n + thread < state.columns && thread * blocks / BN == block;
+  }
+
+  // Waits for `expected` warpgroups, then merges partials [ceil(rows / 64), columns]. maps: shared memory, room for (slope,
+  // shift) of each column of the tile.
+  static __device__ __forceinline__ Column finish(const TrainState& state, const float2* partials, const int* arrived,
+                                                  int expected, float2* maps, int rows, int n, bool records, int thread) {
+    const int blocks = ceil_div(rows, kInstructionM), c = n + thread;
+    const bool mine = thread < BN && c < state.columns;
+    Column column{{}, {}, {float(rows), 0.f, 0.f}};
+    Moments& m = column.moments;
+    if (mine) column.known = state.known(c);  // while the others are waited for
+    if (records) column.before = state.before(c);
     if (thread % kWarpgroup == 0)
       while (load_acquire(arrived) < expected) {
       }
     named_barrier<kThreads>(kBarrier);
-    const int blocks = ceil_div(rows, kInstructionM), c = n + thread;
-    Moments m{float(rows), 0.f, 0.f};
-    if (thread < BN && c < state.columns) {
+    if (mine) {
       // All partials at once, so that their loads overlap; then the mean, then squared distances from it.
       float2 part[kMostBlocks];
 #pragma unroll
@@ -45,11 +60,11 @@ class BatchExchange {
         const float delta = part[b].x - m.mean;
         m.m2 += fmaf(delta * delta, block_rows(rows, b), part[b].y);
       }
-      const ColumnMap map = state.map(about(known, thread), m);
+      const ColumnMap map = state.map(column.known, m);
       maps[thread] = {map.g, fmaf(map.e, map.g, map.b)};
     }
     named_barrier<kThreads>(kBarrier);
-    return m;
+    return column;
   }
 
   // Waits for `expected` blocks, then brings the maps [columns] that they merged to shared memory.
@@ -62,18 +77,7 @@ class BatchExchange {
     named_barrier<kThreads>(kBarrier);
   }
 
-  // The column's statistics for whoever comes later: each of the `blocks` of a column of tiles has its share of them.
-  static __device__ __forceinline__ void record(const TrainState& state, const float4* known, const Moments& m, int n, int block,
-                                                int blocks, int thread) {
-    if (thread < BN && n + thread < state.columns && thread * blocks / BN == block)
-      state.record(n + thread, about(known, thread), m);
-  }
-
  private:
-  static __device__ __forceinline__ TrainState::Known about(const float4* known, int thread) {
-    const float4 k = known[thread];
-    return {k.x, k.y, k.z};
-  }
   static __device__ __forceinline__ float block_rows(int rows, int block) {
     return float(max(0, min(kInstructionM, rows - block * kInstructionM)));
   }

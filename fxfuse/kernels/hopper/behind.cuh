@@ -25,7 +25,7 @@ constexpr int kPartialRows = 64;  // rows of an entry of `partials`
 constexpr int kBehindProducerRegisters = 104, kBehindConsumerRegisters = 200;
 
 // In shared memory, counted in the block's own turns: how much of each kind of work is taken, how much may be, and whether a
-// warp is looking for more. `stored`: arrivals of consumers whose tile is in memory.
+// warp is looking for more. `stored`: arrivals of the consumers' warps whose rows of a tile are in memory.
 struct BehindState {
   int measured, merged, normalised;
   int stored, mergeable, normalisable;
@@ -50,13 +50,12 @@ struct BatchCounters {
 
   __device__ __forceinline__ int* arrived(int n) const { return first + 1 + kEach * n; }  // whose partials are there
   __device__ __forceinline__ int* merged(int n) const { return first + 2 + kEach * n; }   // whose share of the maps is there
-  // By all threads of a block that waits for nothing any more: the last one sets everything back.
-  __device__ __forceinline__ void leave(int columns) const {
-    __shared__ bool last;
-    if (threadIdx.x == 0) last = atomicAdd(first, 1) == int(gridDim.x) - 1;
-    __syncthreads();
-    if (last)
-      for (int i = threadIdx.x; i < 1 + kEach * columns; i += blockDim.x) first[i] = 0;
+  // By a warp of a block that reads none of them any more: the last one sets everything back.
+  __device__ __forceinline__ void leave(int columns, int lane) const {
+    int left = 0;
+    if (lane == 0) left = atomicAdd(first, 1) + 1;
+    if (__shfl_sync(0xffffffffu, left, 0) < int(gridDim.x)) return;
+    for (int i = lane; i < 1 + kEach * columns; i += kWarp) first[i] = 0;
   }
 };
 
@@ -74,11 +73,16 @@ struct BehindTiles {
 template <typename Out, int BM, int BN, int CONSUMERS>
 class Behind {
  public:
-  // By one thread of a consumer whose tile's stores it has waited for.
+  // By the thread of a consumer's warp that has waited for its stores of a tile.
   static __device__ __forceinline__ void stored(BehindState* state) {
     fence_async_proxy_global();
     __threadfence_block();
     atomicAdd_block(&state->stored, 1);
+  }
+
+  // Whether that is so already.
+  static __device__ __forceinline__ bool over(const BehindTiles& tiles, const BehindState* state) {
+    return tiles.tile(load_shared(&state->normalised) / kUnits) >= tiles.end && tiles.tile(load_shared(&state->merged)) >= tiles.share_end;
   }
 
   // Works until all there is to merge and to normalise is taken. By whole warps, in any number. NAP: ns between looks for work; MEASURE,
@@ -154,17 +158,24 @@ class Behind {
       const int unit = load_shared(&state->normalised), turn = unit / kUnits;
       const int share = load_shared(&state->merged);
       if (tiles.tile(turn) >= tiles.end && tiles.tile(share) >= tiles.share_end) return kDone;
-      const int ready = load_shared(&state->stored) / CONSUMERS, part = load_shared(&state->measured);
+      const int ready = load_shared(&state->stored) / (CONSUMERS * kWarpgroup / kWarp), part = load_shared(&state->measured);
       if (part / CONSUMERS < ready && tiles.tile(part / CONSUMERS) < tiles.end) {
         if (claim(&state->measured, part)) return part << 2 | kMeasure;
       } else if (share < load_shared(&state->mergeable)) {
         if (claim(&state->merged, share)) return share << 2 | kMerge;
       } else if (turn < min(ready, load_shared(&state->normalisable))) {
         if (claim(&state->normalised, unit)) return unit << 2 | kNormalise;
-      } else if (!look(tiles, p, state)) {
+      } else if (!expects(tiles, state, part) || !look(tiles, p, state)) {
         __nanosleep(NAP);
       }
     }
+  }
+
+  // Whether there may be more to merge or to normalise: not before this block's own part of the next column is measured.
+  static __device__ __forceinline__ bool expects(const BehindTiles& tiles, const BehindState* state, int measured) {
+    const int share = load_shared(&state->mergeable), turn = load_shared(&state->normalisable);
+    if (turn < share && tiles.tile(turn) < tiles.end) return true;
+    return tiles.tile(share) < tiles.share_end && (measured >= (share + 1) * CONSUMERS || tiles.tile(share) >= tiles.end);
   }
 
   // Whether there is more to merge or to normalise. One warp of a block looks at a time: at the end all blocks look at the
@@ -250,7 +261,11 @@ class Behind {
     for (int base = first; base < last; base += width) {
       const int c = base + lane % width;
       TrainState::Known known{};
-      if (lane < width && c < last) known = p.state.known(c);  // loads overlap
+      TrainState::Before before{};
+      if (lane < width && c < last) {  // loads overlap
+        known = p.state.known(c);
+        before = p.state.before(c);
+      }
       Moments m{0.f, 0.f, 0.f};
 #pragma unroll 8
       for (int b = lane / width; b < partials; b += kWarp / width) {
@@ -265,7 +280,7 @@ class Behind {
       if (lane < width && c < last) {
         const ColumnMap map = p.state.map(known, m);
         p.maps[c] = {map.g, fmaf(map.e, map.g, map.b)};
-        p.state.record(c, known, m);
+        p.state.record(c, known, before, m);
       }
     }
   }

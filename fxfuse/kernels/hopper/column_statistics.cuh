@@ -17,8 +17,8 @@ struct ColumnStatistics {
   };
   static __device__ __forceinline__ Weights weights(float mine, float other) {
     const float all = mine + other;
-    if (all == 0.f) return {0.f, 0.f};
-    return {other / all, mine * (other / all)};
+    const float share = all > 0.f ? __fdividef(other, all) : 0.f;
+    return {share, mine * share};
   }
 
   // acc: this thread's accumulators of a tile at (m, n). scratch: shared memory, [4 warps][BN]. partials[m / 64, column].

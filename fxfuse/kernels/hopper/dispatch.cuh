@@ -18,7 +18,7 @@ cudaError_t gemm(const Operands& p, const typename Epilogue::Params& epilogue, i
   using Element = typename TensorCoreElement<In>::type;
   const int64_t large = ceil_div<int64_t>(p.m, 256) * 2 * ceil_div<int64_t>(p.n, 256);
   if (p.m > 128 && 4 * large >= 3 * sm_count)
-    return launch_gemm<DirectMainloop<Element, 256, 3, 2>, Epilogue, Out, 4>(p, epilogue, kBand, device, sm_count, stream);
+    return launch_gemm<DirectMainloop<Element, 256, 4, 2>, Epilogue, Out, 2>(p, epilogue, kBand, device, sm_count, stream);
   return launch_gemm<DirectMainloop<Element, 128, 5, 1>, Epilogue, Out, 2>(p, epilogue, kBand, device, sm_count, stream);
 }
 

@@ -32,23 +32,24 @@ template <> __device__ __forceinline__ uint32_t pack_pair<__half>(float low, flo
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-// Writes a warpgroup's 64 x BN tile. Chunks of 64 rows by 128 bytes go through BUFFERS buffers of shared memory; the copy
-// engine writes one out while the next is filled, and clips what lies outside the matrix.
+// Writes a warpgroup's 64 x BN tile, each warp its 16 rows, with nobody to wait for. Chunks of 16 rows by 128 bytes go through
+// the warp's BUFFERS buffers of shared memory; the copy engine writes one out while the next is filled, and clips what lies
+// outside the matrix.
 template <typename Out, int BN, int BUFFERS>
 struct TileWriter {
-  static constexpr int kRows = kInstructionM;
+  static constexpr int kRows = kInstructionM / 4;
   static constexpr int kChunkBytes = kRows * kRowBytes;
   static constexpr int kChunkColumns = kRowBytes / int(sizeof(Out));
   static constexpr int kChunks = BN / kChunkColumns;
-  static constexpr int kSharedBytes = BUFFERS * kChunkBytes;  // per warpgroup
+  static constexpr int kWarpBytes = BUFFERS * kChunkBytes, kSharedBytes = 4 * kWarpBytes;  // of a warp, of a warpgroup
   static_assert(BUFFERS >= 2 && kChunks % BUFFERS == 0, "a tile starts with the first buffer");
 
-  // `shared`: this warpgroup's buffers. `columns`: shared memory with a float2 for each column of the tile (read only if COLUMNS). `thread` in the warpgroup, `barrier` its named barrier.
+  // `shared`: this warpgroup's buffers. `columns`: shared memory with a float2 for each column of the tile (read only if
+  // COLUMNS). `thread` in the warpgroup. The first lane of each warp issues its stores, and waits for them.
   template <bool COLUMNS, typename Apply>
   static __device__ __forceinline__ void write(const Apply& apply, float (&acc)[BN / 2], const float2* columns,
-                                               uint32_t shared, const CUtensorMap* map, int m, int n, int thread,
-                                               int barrier) {
-    const int lane = thread % kWarp;
+                                               uint32_t shared, const CUtensorMap* map, int m, int n, int thread) {
+    const int warp = thread / kWarp, lane = thread % kWarp;
 #pragma unroll
     for (int i = 0; i < BN / 8; ++i) {
       float2 c0{}, c1{};
@@ -64,22 +65,22 @@ struct TileWriter {
       constexpr int kPerChunk = kChunkColumns / 8;
       if ((i + 1) % kPerChunk == 0) {
         const int chunk = i / kPerChunk;
-        const uint32_t buffer = shared + chunk % BUFFERS * kChunkBytes;
-        fill(acc, chunk * kPerChunk, buffer, thread);
+        const uint32_t buffer = shared + warp * kWarpBytes + chunk % BUFFERS * kChunkBytes;
+        if (lane == 0) tma_store_wait_read<BUFFERS - 1>();  // the buffer is free
+        __syncwarp();
+        fill(acc, chunk * kPerChunk, buffer, lane);
         fence_async_proxy();
-        if (thread == 0) tma_store_wait_read<BUFFERS - 2>();  // frees the buffer of the next chunk
-        named_barrier<kWarpgroup>(barrier);
-        if (thread == 0) tma_store(map, buffer, n + chunk * kChunkColumns, m);
+        __syncwarp();
+        if (lane == 0) tma_store(map, buffer, n + chunk * kChunkColumns, m + warp * kRows);
       }
     }
   }
 
  private:
   // Accumulators of the column groups of eight from `group` on into a chunk.
-  static __device__ __forceinline__ void fill(const float (&acc)[BN / 2], int group, uint32_t buffer, int thread) {
-    const int warp = thread / kWarp, lane = thread % kWarp;
+  static __device__ __forceinline__ void fill(const float (&acc)[BN / 2], int group, uint32_t buffer, int lane) {
     if constexpr (sizeof(Out) == 2) {
-      const int row = 16 * warp + lane % 16;
+      const int row = lane % 16;
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
         const float* d = acc + 4 * (group + j);
@@ -92,7 +93,7 @@ struct TileWriter {
     } else {
       // Odd rows write groups j and j + 2 in the other order: with the swizzle the 16 lanes of a half warp then cover
       // all 32 banks.
-      const int row = 16 * warp + lane / 4;
+      const int row = lane / 4;
       const bool odd = row & 1;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {

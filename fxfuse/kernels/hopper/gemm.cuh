@@ -18,6 +18,7 @@ namespace fxfuse::hopper {
 
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kColumnThreads = kWarpgroup - kWarp;
+constexpr int kProducerBarrier = 5;  // of those
 constexpr int kMostBatchRows = kPartialRows * BatchExchange<kWarpgroup, 2>::kMostBlocks;
 constexpr int kBehindBand = 3;  // columns of tiles, where all of them are normalised behind
 
@@ -25,13 +26,11 @@ template <typename Mainloop, typename Writer, typename Epilogue>
 struct SharedLayout {
   static constexpr int kStaging = Mainloop::kSharedBytes;  // after the stages
   static constexpr int kColumns = kStaging + Mainloop::kConsumers * Writer::kSharedBytes;
-  // The columns' numbers; behind them, for an epilogue of the whole batch, its maps.
-  static constexpr int kMaps = kColumns + Mainloop::kBlockN * int(sizeof(typename Epilogue::Column));
-  static constexpr int kMapBytes = Epilogue::kBatch ? Mainloop::kBlockN * int(sizeof(float2)) : 0;
-  static constexpr int kBarriers = kMaps + kMapBytes;
+  static constexpr int kBarriers = kColumns + Mainloop::kBlockN * int(sizeof(float2));  // a column's two numbers
   static constexpr int kColumnsFull = kBarriers + Mainloop::Pipeline::kBarrierBytes;
   static constexpr int kColumnsEmpty = kColumnsFull + 8;
-  static constexpr int kBehind = kColumnsEmpty + 8;
+  static constexpr int kThrough = kColumnsEmpty + 8;
+  static constexpr int kBehind = kThrough + 8;
   static constexpr int kBytes = kBehind + int(sizeof(BehindState));
   static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
 };
@@ -56,7 +55,7 @@ __device__ __forceinline__ void statistics(uint8_t* storage, const float (&acc)[
                                            const Problem<Mainloop, Epilogue>& problem, int m, int n, int consumer,
                                            int thread) {
   static_assert(Writer::kSharedBytes >= 4 * Mainloop::kBlockN * int(sizeof(float2)), "the scratch is too small");
-  if (thread == 0) tma_store_wait_read<0>();
+  if (thread % kWarp == 0) tma_store_wait_read<0>();
   named_barrier<kWarpgroup>(1 + consumer);
   uint8_t* const scratch = storage + SharedLayout<Mainloop, Writer, Epilogue>::kStaging + consumer * Writer::kSharedBytes;
   ColumnStatistics<Mainloop::kBlockN>::write(acc, reinterpret_cast<float2*>(scratch), problem.epilogue.partials, m, n,
@@ -65,36 +64,35 @@ __device__ __forceinline__ void statistics(uint8_t* storage, const float (&acc)[
 
 // The rest of a block's last tile, or with a mainloop that prepares of any tile, whose epilogue needs the statistics of the
 // whole batch: from its accumulators, by batch.cuh. EXCHANGED: the tile's columns are in this round, and each block merges
-// their statistics; else the warps behind the tensor cores do.
-template <bool EXCHANGED, typename Mainloop, typename Epilogue, typename Writer>
+// their statistics; else the warps behind the tensor cores do. `ready` is called once the statistics are there.
+template <bool EXCHANGED, typename Mainloop, typename Epilogue, typename Writer, typename Ready>
 __device__ __forceinline__ void finish_batch(uint32_t shared, uint8_t* storage,
                                              float (&acc)[Mainloop::kHalves][Mainloop::kAccumulators],
                                              const Problem<Mainloop, Epilogue>& problem, const CUtensorMap* map_out,
                                              const CUtensorMap* map_kept, const Tile& tile, int m, int n, int consumer,
-                                             int thread, uint32_t parity) {
+                                             int thread, const Ready& ready) {
   using Layout = SharedLayout<Mainloop, Writer, Epilogue>;
   using Exchange = BatchExchange<Mainloop::kBlockN, Mainloop::kConsumers>;
   const auto& p = problem.epilogue;
   const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
-  float2* const maps = reinterpret_cast<float2*>(storage + Layout::kMaps);
-  const auto* const known = reinterpret_cast<const float4*>(storage + Layout::kColumns);
+  float2* const maps = reinterpret_cast<float2*>(storage + Layout::kColumns);
   const int blocks = problem.order.rows * Mainloop::kCluster, one = consumer * kWarpgroup + thread;
   const auto write = [&](auto columns, const auto& apply, const CUtensorMap* map) {
 #pragma unroll
     for (int half = 0; half < Mainloop::kHalves; ++half)
       Writer::template write<decltype(columns)::value>(apply, acc[half], maps, staging, map,
-                                                       m + Mainloop::row(consumer, half), n, thread, 1 + consumer);
+                                                       m + Mainloop::row(consumer, half), n, thread);
   };
   if constexpr (Epilogue::kKeep) write(std::false_type{}, Identity::Apply{}, map_kept);
   const auto normalise = [](float x, float2 c) { return fmaf(x, c.x, c.y); };
   if constexpr (EXCHANGED) {
-    mbarrier_wait(shared + Layout::kColumnsFull, parity);
-    const Moments moments = Exchange::finish(p.state, p.partials, p.counters.arrived(tile.n), blocks * Mainloop::kConsumers,
-                                             known, maps, problem.rows, n, one);
+    const bool records = Exchange::records(p.state, n, m / Mainloop::kBlockM, blocks, one);
+    const auto column = Exchange::finish(p.state, p.partials, p.counters.arrived(tile.n), blocks * Mainloop::kConsumers, maps,
+                                         problem.rows, n, records, one);
+    ready();
     write(std::true_type{}, normalise, map_out);
-    Exchange::record(p.state, known, moments, n, m / Mainloop::kBlockM, blocks, one);
-    named_barrier<kWarpgroup>(1 + consumer);
-    if (thread == 0) mbarrier_arrive(shared + Layout::kColumnsEmpty);
+    if (records) p.state.record(n + one, column.known, column.before, column.moments);
+    if constexpr (Mainloop::kPrepares) named_barrier<Exchange::kThreads>(Exchange::kBarrier);  // the maps are free
   } else {
     Exchange::fetch(p.counters.merged(tile.n), blocks, p.maps, maps, problem.columns, n, one);
     write(std::true_type{}, normalise, map_out);
@@ -113,9 +111,9 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
 
   extern __shared__ __align__(1024) uint8_t storage[];
   const uint32_t shared = shared_address(storage);
-  using Column = typename Epilogue::Column;
-  Column* const columns = reinterpret_cast<Column*>(storage + Layout::kColumns);
+  float2* const columns = reinterpret_cast<float2*>(storage + Layout::kColumns);
   const uint32_t columns_full = shared + Layout::kColumnsFull, columns_empty = shared + Layout::kColumnsEmpty;
+  const uint32_t through = shared + Layout::kThrough;  // the consumers' warps that read no more counters
   typename Mainloop::Pipeline ring(shared + Layout::kBarriers);
 
   const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroup, 0);
@@ -138,7 +136,8 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
     tma_prefetch(&map_out);
     ring.initialise();
     mbarrier_init(columns_full, kColumnThreads);
-    mbarrier_init(columns_empty, Mainloop::kConsumers);
+    mbarrier_init(columns_empty, Mainloop::kConsumers * kWarpgroup / kWarp);
+    mbarrier_init(through, Mainloop::kConsumers * kWarpgroup / kWarp);
     mbarrier_init_fence();
   }
   if constexpr (kCluster == 1) __syncthreads();
@@ -149,17 +148,19 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   if (warpgroup == 0) {
     registers_lower<kBehind ? kBehindProducerRegisters : Mainloop::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / kWarp, 0);
+    if (kCluster > 1 && thread > 0) cluster_arrive();
     if (warp == 0 && thread == 0) {
       for (int t = cluster; t < tiles; t += clusters) {
         const Tile tile = problem.order.at(t);
         Mainloop::produce(ring, shared, &map_a, &map_b, (tile.m * kCluster + int(rank)) * Mainloop::kBlockM,
                           tile.n * Mainloop::kBlockN, problem.k_blocks, rank);
       }
-    } else if ((Epilogue::kColumns || Mainloop::kPrepares) && warp > 0) {
+      if constexpr (kCluster > 1) cluster_arrive();
+    } else if ((Epilogue::kColumns || Epilogue::kBatch || Mainloop::kPrepares) && warp > 0) {
       uint32_t parity = 1;  // the column numbers' memory starts free
       for (int t = cluster; t < tiles; t += clusters) {
         if constexpr (Mainloop::kPrepares) Mainloop::prepare(ring, shared, problem.k_blocks, thread - kWarp);
-        if (!Epilogue::kColumns || t < problem.behind) continue;
+        if (!Epilogue::kColumns) continue;
         const int n = problem.order.at(t).n * Mainloop::kBlockN;
         mbarrier_wait(columns_empty, parity);
 #pragma unroll
@@ -168,17 +169,25 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
         mbarrier_arrive(columns_full);
         parity ^= 1;
       }
-      if constexpr (kBehind) Work::template run<1000, 4, 4>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
+      if constexpr (kBehind) Work::template run<300, 4, 4>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
+      if constexpr (Epilogue::kBatch) {
+        named_barrier<kColumnThreads>(kProducerBarrier);
+        if (warp == 1) {
+          mbarrier_wait(through, 0);
+          problem.epilogue.counters.leave(problem.order.columns, thread % kWarp);
+        }
+      }
     }
   } else {
     registers_raise<kBehind ? kBehindConsumerRegisters : Mainloop::kConsumerRegisters>();
     const int consumer = warpgroup - 1;
     const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
     uint32_t parity = 0;
-    bool sent = false;  // a tile to be normalised behind is on its way to memory
+    bool sent = false;              // a tile to be normalised behind is on its way to memory
+    bool waits = Epilogue::kBatch;  // for counters
     const auto arrived = [&] {
       if constexpr (kBehind) {
-        if (!sent || thread != 0) return;
+        if (!sent || thread % kWarp != 0) return;
         tma_store_wait_all();
         Work::stored(behind);
       }
@@ -186,14 +195,19 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
     for (int t = cluster; t < tiles; t += clusters) {
       const Tile tile = problem.order.at(t);
       const int m = (tile.m * kCluster + int(rank)) * Mainloop::kBlockM;
-      const int n = tile.n * Mainloop::kBlockN, barrier = 1 + consumer;
+      const int n = tile.n * Mainloop::kBlockN;
       float acc[Mainloop::kHalves][Mainloop::kAccumulators];
+      const bool left = kBehind && t < work.end;  // to the warps behind the tensor cores
       if constexpr (kBehind)
         Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster, arrived);
       else
         Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster, Nothing{});
+      if (kCluster > 1 && t + clusters >= tiles) cluster_arrive();
       Mainloop::repair(problem.mainloop, acc, m, n, consumer, thread);
-      const bool left = kBehind && t < work.end;  // to the warps behind the tensor cores
+      if constexpr (Epilogue::kBatch) {  // under the statistics: it has long left L2, or was never there
+        const int column = n + consumer * kWarpgroup + thread;
+        if (t >= problem.behind && column < min(problem.columns, n + Mainloop::kBlockN)) problem.epilogue.state.prefetch(column);
+      }
       if constexpr (Epilogue::kStatistics)
         if (!left) {
 #pragma unroll
@@ -206,15 +220,20 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
         sent = left;
         if (left) {
           Writer::template write<false>(Identity::Apply{}, acc[0], nullptr, staging, Epilogue::kKeep ? &map_kept : &map_out,
-                                        m + Mainloop::row(consumer, 0), n, thread, barrier);
+                                        m + Mainloop::row(consumer, 0), n, thread);
         } else if (t < problem.behind) {
           if constexpr (kBehind)
             finish_batch<false, Mainloop, Epilogue, Writer>(shared, storage, acc, problem, &map_out, &map_kept, tile, m, n,
-                                                            consumer, thread, parity);
+                                                            consumer, thread, Nothing{});
         } else {
           finish_batch<true, Mainloop, Epilogue, Writer>(shared, storage, acc, problem, &map_out, &map_kept, tile, m, n,
-                                                         consumer, thread, parity);
-          parity ^= 1;
+                                                         consumer, thread, [&] {
+            if (t + clusters < tiles || thread % kWarp != 0) return;
+            if constexpr (kBehind)
+              if (!Work::over(work, behind)) return;
+            mbarrier_arrive(through);
+            waits = false;
+          });
         }
       } else {
         if constexpr (Epilogue::kColumns) mbarrier_wait(columns_full, parity);
@@ -222,25 +241,23 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
 #pragma unroll
           for (int half = 0; half < Mainloop::kHalves; ++half)
             Writer::template write<Epilogue::kColumns>(apply, acc[half], columns, staging, &map_out,
-                                                       m + Mainloop::row(consumer, half), n, thread, barrier);
+                                                       m + Mainloop::row(consumer, half), n, thread);
         });
-        // Every thread of the warpgroup passed the writer's last barrier, so all of them have read the columns.
-        if (Epilogue::kColumns && thread == 0) mbarrier_arrive(columns_empty);
+        if (Epilogue::kColumns && thread % kWarp == 0) mbarrier_arrive(columns_empty);  // the writer's last step was the warp's
         parity ^= 1;
       }
     }
-    if (thread == 0) tma_store_wait_all();
+    if (thread % kWarp == 0) tma_store_wait_read<0>();  // the end of the kernel waits for the rest
     if constexpr (kBehind) {
       arrived();
-      Work::template run<50, 8, 8>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
+      if (!Work::over(work, behind))
+        Work::template run<50, 8, 8>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
     }
+    if (Epilogue::kBatch && thread % kWarp == 0 && waits) mbarrier_arrive(through);
   }
-  // A block's shared memory must outlive its neighbours' multicasts and arrivals.
-  if constexpr (kCluster > 1) cluster_sync();
-  if constexpr (Epilogue::kBatch) {
-    if constexpr (kCluster == 1) __syncthreads();
-    problem.epilogue.counters.leave(problem.order.columns);
-  }
+  // A block's shared memory must outlive its neighbours' multicasts and arrivals: both have come when their consumers, after
+  // their last product, and their producer arrive at this barrier.
+  if constexpr (kCluster > 1) cluster_wait();
 #endif
 }
 
