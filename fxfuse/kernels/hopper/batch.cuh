@@ -40,14 +40,14 @@ class BatchExchange {
     const bool mine = thread < BN && c < state.columns;
     Column column{{}, {}, {float(rows), 0.f, 0.f}};
     Moments& m = column.moments;
-    if (mine) column.known = state.known(c);  // while the others are waited for
-    if (records) column.before = state.before(c);
     if (thread % kWarpgroup == 0)
       while (load_acquire(arrived) < expected) {
       }
     named_barrier<kThreads>(kBarrier);
     if (mine) {
-      // All partials at once, so that their loads overlap; then the mean, then squared distances from it.
+      // All loads at once, so that they overlap; then the mean, then squared distances from it.
+      column.known = state.known(c);
+      if (records) column.before = state.before(c);
       float2 part[kMostBlocks];
 #pragma unroll
       for (int b = 0; b < kMostBlocks; ++b)
