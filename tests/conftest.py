@@ -31,6 +31,7 @@ import fxfuse
 from fxfuse import ops
 from fxfuse.bench import rivals
 from fxfuse.kernels import gemm
+from fxfuse.ops import linear_activation_scale as las_file
 from fxfuse.ops import linear_scale_batchnorm1d as bn_file
 from fxfuse.ops._road import Road
 from fxfuse.rewrite import Fuel
@@ -365,6 +366,8 @@ def _small_steps_take_the_kernels(request: pytest.FixtureRequest, monkeypatch: p
     """On a GPU a small training step goes by eager's own operations; the tests are small and want the kernels."""
     if "cuda" in request.keywords and "launches_count" not in request.keywords:
         monkeypatch.setattr(gemm, "_LAUNCH_US", 0.0)
+    for kept in (bn_file.STEPS, las_file.STEPS):  # what rests on it
+        kept.forget()
 
 
 # --- fixtures of several files -------------------------------------------------------------------------------------
@@ -405,17 +408,28 @@ def why_no_cuda() -> str | None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", default="0/1", help="I/N: every N-th test, from number I on (tests/sanitize.py)")
+    parser.addoption("--part", default="0/1", help="I/N: the I-th of N parts, from 0 on (tests/sanitize.py)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    first, step = map(int, config.getoption("part").split("/"))
-    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % step != first])
-    items[:] = items[first::step]
     reason = why_no_cuda()
     for item in items if reason is not None else ():
         if item.get_closest_marker("cuda") is not None:  # keywords hold the ids of parameters, too
             item.add_marker(pytest.mark.skip(reason=f"CUDA: {reason}"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keeps the part that was asked for of what is left to run: neighbours stay together, they take as much memory."""
+    part, parts = map(int, session.config.getoption("part").split("/"))
+    first, end = (len(session.items) * i // parts for i in (part, part + 1))
+    session.items[:] = session.items[first:end]
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Parts side by side share a GPU: memory that is kept for the next test goes back."""
+    if item.config.getoption("part") != "0/1" and torch.cuda.is_available() and torch.cuda.memory_reserved() > 2 << 30:
+        torch.cuda.empty_cache()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,9 +1,11 @@
 """The CUDA suite under compute-sanitizer: ``python tests/sanitize.py [--tool TOOL] [--workers N] [pytest arguments]``.
 
-Each tool (memcheck, racecheck, synccheck unless named) goes over every test marked ``cuda``, dealt out to N processes
-side by side; tests marked ``large`` run afterwards, one process for all of them. Only kernels of this library are
-instrumented. Exits with 1 if a tool found anything or a test failed, and says where; what each process printed stays in
-``--out``.
+Each tool (memcheck, racecheck, synccheck unless named) goes over every test marked ``cuda``, in parts, N processes at
+a time; tests marked ``large`` come last, one process for all of them. Only kernels of this library are instrumented.
+Exits with 1 if a tool found anything or a test failed, and says what; all that a process printed stays in ``--out``.
+
+Every launch is waited for: else a tool keeps what it knows of each in the GPU's memory, tens of gigabytes of it. A
+capture of a CUDA graph does not allow that, so those tests run by themselves, with all kernels loaded beforehand.
 
 Racecheck has to instrument cuBLAS's Hopper kernels, too: one of those that it leaves alone does not survive beside it.
 """
@@ -17,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,30 +27,31 @@ from tabulate import tabulate
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = {"racecheck": ("fxfuse", "nvjet")}
-FOUND = 99  # the tool's exit status when it found something
-MARKS = {"parts": "cuda and not large", "large": "cuda and large"}
+FOUND, NO_TESTS = 99, 5  # exit statuses: the tool's when it found something, pytest's when it had nothing to run
+PARTS, LARGE, CAPTURES = "cuda and not large and not captures", "cuda and large", "cuda and captures"
 
 
 @dataclass
 class Run:
-    """One process: a tool over a part of the tests."""
+    """What a tool said about a part of the tests."""
 
     tool: str
-    name: str
+    part: str
     log: Path
-    process: subprocess.Popen[bytes]
-    started: float
+    passed: int
+    failed: int
+    found: str
+    seconds: float
 
-    def row(self) -> tuple[str, str, int, int, str, float]:
-        """Waits for the end: tool, part, tests passed and failed, what the tool says, seconds."""
-        status = self.process.wait()
-        text = self.log.read_text(errors="replace")
-        passed, failed = count(text, "passed"), count(text, "failed") + count(text, "errors?")
-        said = re.findall(r"SUMMARY: (\d+ (?:errors?|hazards?)[^\n]*)", text)
-        verdict = said[0] if said else f"ended without a summary, status {status}"
-        if status not in (0, FOUND, 5) and not failed:  # 5: this part has no tests
-            verdict += f", status {status}"
-        return self.tool, self.name, passed, failed, verdict, time.monotonic() - self.started
+    @property
+    def clean(self) -> bool:
+        return not self.failed and self.found.startswith("0 ") and "status" not in self.found
+
+    def why(self) -> list[str]:
+        """The first lines of the log that say what is wrong."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        wrong = re.compile(r"=+ .*(Error|Invalid|hit|hazard|Barrier)|E  +\S|FAILED tests")
+        return list(dict.fromkeys(line.strip() for line in lines if wrong.match(line)))[:6]
 
 
 def count(text: str, word: str) -> int:
@@ -57,40 +61,58 @@ def count(text: str, word: str) -> int:
     return int(found[1]) if found else 0
 
 
-def start(tool: str, name: str, mark: str, out: Path, arguments: list[str]) -> Run:
-    """Starts ``tool`` over the tests that ``mark`` and ``arguments`` select."""
+def run(tool: str, part: str, mark: str, out: Path, arguments: list[str]) -> Run:
+    """``tool`` over the tests that ``mark`` and ``arguments`` select."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+    command += ["--report-api-errors", "no"]
+    if mark is not CAPTURES:
+        command += ["--force-blocking-launches", "yes"]
     for kernel in KERNELS.get(tool, ("fxfuse",)):
         command += ["--kernel-name", f"kns={kernel}"]
     command += [sys.executable, "-m", "pytest", "-m", mark, "-q", "-p", "no:cacheprovider", "--tb=short", *arguments]
-    log = out / f"{tool}.{name}.log"
+    log, started = out / f"{tool}.{part}.log", time.monotonic()
+    environment = {**os.environ, "CUDA_MODULE_LOADING": "EAGER"} if mark is CAPTURES else None
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    return Run(tool, name, log, process, time.monotonic())
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    text = log.read_text(errors="replace")
+    failed = count(text, "failed") + count(text, "errors?")
+    said = re.findall(r"SUMMARY: (\d+ (?:errors?|hazards?)[^\n]*)", text)
+    found = said[0] if said else "no summary"
+    if status not in (0, FOUND, NO_TESTS) and not failed:
+        found += f", status {status}"
+    return Run(tool, part, log, count(text, "passed"), failed, found, time.monotonic() - started)
 
 
 def main() -> int:
     """Runs the tools one after another; 0 if none of them found anything and every test passed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    most = min(12, os.cpu_count() or 1)
+    most = min(8, os.cpu_count() or 1)
     parser.add_argument("--tool", action="append", choices=TOOLS, help="may be given again (default: all)")
-    parser.add_argument("--workers", type=int, default=most, help="processes (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=most, help="processes at a time (default %(default)s)")
+    parser.add_argument("--parts", type=int, default=3 * most, help="parts of the tests (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/sanitize"), help="logs (default %(default)s)")
     known, arguments = parser.parse_known_args()
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer comes with the CUDA toolkit; put it on PATH")
     known.out.mkdir(parents=True, exist_ok=True)
-    tools, n = known.tool or TOOLS, known.workers
-    rows = []
+    tools, runs = known.tool or TOOLS, []
     for tool in tools:
-        parts = [(f"{i + 1} of {n}", [f"--part={i}/{n}", *arguments]) for i in range(n)]
-        runs = [start(tool, name, MARKS["parts"], known.out, selection) for name, selection in parts]
-        rows += [run.row() for run in runs]
-        rows.append(start(tool, "large", MARKS["large"], known.out, arguments).row())
+        with ThreadPoolExecutor(known.workers) as pool:
+            parts = [pool.submit(run, tool, "captures", CAPTURES, known.out, arguments)]
+            parts += [
+                pool.submit(run, tool, f"{i + 1}-of-{n}", PARTS, known.out, [f"--part={i}/{n}", *arguments])
+                for n in [known.parts]
+                for i in range(n)
+            ]
+        runs += [part.result() for part in parts]
+        runs.append(run(tool, "large", LARGE, known.out, arguments))
+    rows = [(r.tool, r.part, r.passed, r.failed, r.found, r.seconds) for r in runs]
     print(tabulate(rows, ("tool", "part", "passed", "failed", "found", "seconds"), floatfmt=".0f"))
-    bad = [row for row in rows if row[3] or not row[4].startswith("0 ") or "status" in row[4]]
-    passed = sum(row[2] for row in rows)
-    print(f"{', '.join(tools)}: {passed} tests passed; {len(bad)} of {len(rows)} found something ({known.out})")
+    bad = [r for r in runs if not r.clean]
+    for r in bad:
+        print(f"{r.log}:", *r.why(), sep="\n    ")
+    passed = sum(r.passed for r in runs)
+    print(f"{', '.join(tools)}: {passed} tests passed; {len(bad)} of {len(runs)} runs found something ({known.out})")
     return 1 if bad or not passed else 0
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._autograd import Differentiable
 from ._op import Direct, Op
 from ._short import Guards
 
@@ -39,6 +40,19 @@ class Kind:
     def rests_on(self, tensors: tuple[Tensor, ...]) -> None:
         self.same: Callable[..., bool] = Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         self.grad_mode = _grad_enabled() if any(t.requires_grad for t in tensors) else None
+
+
+def whole(op: Op, args: tuple[Any, ...]) -> Kind:
+    """What an ordinary call of `op` comes to, by its own ways, as a function of all of its arguments."""
+    update = op.update
+    if op.direct is not None and op.direct(*args):
+        return Kind(lambda *args: op.brief(*args, **update), direct=True)
+    road = op.way(*args)
+    if road.composed:
+        return Kind(lambda *args: op.reference(*args, **update))
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return Kind(lambda *args: Differentiable.call(op, road, *args))
+    return Kind(lambda *args: op.forward(road, *args, **update)[0])
 
 
 class Kinds:

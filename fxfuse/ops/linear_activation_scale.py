@@ -12,6 +12,7 @@ The factor c multiplies the products, where it is free, not the M×N gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from fxfuse.kernels import matmul_div_sum_scale as collapse
 from fxfuse.kernels.linear_activation_scale import Act
 
 from ._autocast import cast
+from ._kinds import Kinds, whole
 from ._op import Op
 from ._product import product
 from ._road import Road, floating, together, wide
@@ -323,15 +325,12 @@ def linear_activation_scale(
     Raises ValueError for another activation, and what torch.nn.functional.linear raises for what does not fit.
     """
     out: Tensor
-    if (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or not x.is_cuda
-        or (torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight))
-    ):
-        out = OP(x, weight, bias, activation, alpha, beta, pre_scale, scale)
-        return out
     numbers = (activation, alpha, beta, pre_scale, scale)
+    if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling():
+        out = OP(x, weight, bias, *numbers)
+        return out
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight):
+        return _step(x, weight, bias, numbers)
     key, tensors = (id(weight), x.shape), (x, weight, bias)
     launch = CALLS.find(key, tensors, numbers)
     if launch is not None and (kept := launch(x, weight, bias)) is not None:
@@ -343,7 +342,21 @@ def linear_activation_scale(
     return out
 
 
-CALLS = Calls()
+def _step(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[Any, ...]) -> Tensor:
+    """A call whose gradient is wanted, by what a call like it came to."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    key = len(tensors), *numbers, gemm.float32_settings() if x.dtype is torch.float32 else None
+    run = STEPS.find(key, *tensors)
+    args = (x, weight, bias, *numbers)
+    if run is not None:
+        kept: Tensor = run(*args)
+        return kept
+    out: Tensor = OP(*args)
+    STEPS.keep(OP, args, key, *tensors, make=lambda: whole(OP, args))
+    return out
+
+
+CALLS, STEPS = Calls(), Kinds()
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Launch | None:

@@ -52,6 +52,7 @@ from ._batchnorm import (
     product_has_bias,
     scaled_dtype,
 )
+from ._kinds import Kinds, whole
 from ._op import Op
 from ._product import product
 from ._road import Road, floating, together, wide
@@ -375,7 +376,7 @@ def _ordinary(args: tuple[Any, ...]) -> Tensor:
     return result
 
 
-CALLS = Calls()
+CALLS, STEPS = Calls(), Kinds()
 
 
 def _call(key: tuple[Any, ...], args: tuple[Any, ...], batches: Tensor | None) -> Tensor:
@@ -384,7 +385,7 @@ def _call(key: tuple[Any, ...], args: tuple[Any, ...], batches: Tensor | None) -
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight):
         if batches is not None:
             batches.add_(1)
-        return _ordinary(args)
+        return _step(args)
     tensors = (x, weight, bias, scale, divisor, bn_weight, bn_bias, mean, var, batches)
     numbers = (alpha, training, momentum, eps)
     launch = CALLS.find(key, tensors, numbers)
@@ -395,6 +396,22 @@ def _call(key: tuple[Any, ...], args: tuple[Any, ...], batches: Tensor | None) -
     out = _ordinary(args)
     if OP.inference(args):
         CALLS.keep(key, tensors, numbers, lambda: _launch(args, batches))
+    return out
+
+
+def _step(args: tuple[Any, ...]) -> Tensor:
+    """A call whose gradient is wanted, by what a call like it came to."""
+    x, weight, bias, scale, divisor, _, bn_weight, bn_bias, mean, var, training, _, eps = args
+    tensors = (x, weight, bias, scale, divisor, bn_weight, bn_bias, mean, var)
+    given = tuple([t for t in tensors if t is not None])
+    absent = bias is None, scale is None, divisor is None, bn_weight is None, bn_bias is None, mean is None
+    key = training, eps, absent, gemm.float32_settings() if x.dtype is torch.float32 else None
+    run = STEPS.find(key, *given)
+    if run is not None:
+        kept: Tensor = run(*args)[0]
+        return kept
+    out = _ordinary(args)
+    STEPS.keep(OP, args, key, *given, make=lambda: whole(OP, args))
     return out
 
 

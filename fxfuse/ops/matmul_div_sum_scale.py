@@ -30,9 +30,8 @@ from fxfuse.freeze import Kept
 from fxfuse.kernels import matmul_div_sum_scale as kernel
 
 from ._autocast import cast
-from ._autograd import Differentiable
 from ._blocks import block_rows, blocks
-from ._kinds import Kind, Kinds
+from ._kinds import Kinds, whole
 from ._op import Op
 from ._product import product
 from ._road import HALF, Road, floating, together, wide
@@ -316,18 +315,12 @@ def _step(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[Any, ..
     tensors = (x, weight) if bias is None else (x, weight, bias)
     key = len(tensors), *numbers
     run = STEPS.find(key, *tensors)
-    if run is not None:
-        return run(x, weight, bias)
     args = x, weight, bias, *numbers
-
-    def kind() -> Kind:
-        way = road(*args)
-        if way.composed:
-            return Kind(lambda x, weight, bias: reference(x, weight, bias, *numbers))
-        return Kind(lambda x, weight, bias: Differentiable.call(OP, way, x, weight, bias, *numbers))
-
+    if run is not None:
+        kept: Tensor = run(*args)
+        return kept
     out: Tensor = OP(*args)
-    STEPS.keep(OP, args, key, *tensors, make=kind)
+    STEPS.keep(OP, args, key, *tensors, make=lambda: whole(OP, args))
     return out
 
 

@@ -124,6 +124,7 @@ def test_batchnorm_over_steps(m, n, k, kind, monkeypatch):
             assert error(b, want[3][name]) <= 1.25 * error(base[3][name], want[3][name]) + least, name
 
 
+@pytest.mark.captures
 def test_running_statistics_move_on_every_graph_replay():
     model = Fused(512, 1024).cuda()
     x = torch.randn(512, 512, device="cuda")
@@ -174,6 +175,7 @@ def test_strides_and_misalignment():
     assert linear_activation_scale(memory[:0, :512], w, None, "relu").shape == (0, 1024)
 
 
+@pytest.mark.captures
 @pytest.mark.launches_count
 def test_a_training_step_bound_by_the_host_goes_by_eagers_own_operations():
     x, w, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((64, 64), (64, 64), (64,)))

@@ -81,6 +81,7 @@ def small_is_brief(monkeypatch: pytest.MonkeyPatch) -> None:
     KL.kinds.forget()
 
 
+@pytest.mark.captures
 def test_small_elementwise_calls_go_by_atens_operations(small_is_brief: None) -> None:
     x = torch.rand(64, 100, device="cuda", requires_grad=True)
     t = torch.rand(64, 100, device="cuda")

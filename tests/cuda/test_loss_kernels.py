@@ -271,6 +271,7 @@ def test_second_derivatives(loss: Callable[..., Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.captures
 def test_same_bits_on_every_run_on_any_stream_and_in_a_graph(loss: Callable[..., Tensor]) -> None:
     pair = logits(70, 33000)
 

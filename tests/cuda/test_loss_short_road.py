@@ -126,6 +126,7 @@ def test_what_changed_is_seen(runs: list[Kind]) -> None:
     right(x, t, 1)
 
 
+@pytest.mark.captures
 def test_elementwise_steps_are_not_kept_for_graphs(runs: list[Kind], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kl_module, "HOST_BOUND", 1 << 23)
     x, t = pair(40, 50)

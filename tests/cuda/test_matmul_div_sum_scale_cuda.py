@@ -189,6 +189,7 @@ def test_autocast_sums_in_float32() -> None:
         assert float((a - b).norm() / b.norm()) < 1e-2
 
 
+@pytest.mark.captures
 def test_graph_side_stream_and_compile() -> None:
     x, w, g = random(64, 512), random(300, 512), random(64)
     want = run(x, w, None, g)
@@ -391,6 +392,7 @@ def test_a_kept_call_sees_what_changed(call: Callable[..., Tensor]) -> None:
         assert not call(x, w, b).requires_grad
 
 
+@pytest.mark.captures
 def test_kept_calls_on_a_side_stream_and_in_a_graph(call: Callable[..., Tensor]) -> None:
     w, b, x = random(513, 260), random(513), random(64, 260)
     want = call(x, w, b).clone()

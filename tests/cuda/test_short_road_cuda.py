@@ -108,6 +108,54 @@ def test_both_roads_give_the_same_bits(training):
                 assert torch.equal(first, other(x)) and torch.equal(second, first)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "k", "n"), [(70, 200, 136), (2100, 640, 768)])
+@pytest.mark.parametrize("block", [Block, Head])
+def test_training_steps_like_one_before(block, m, k, n, kind, monkeypatch):
+    """What the first step came to serves the next: the same bits, from any address; not one of another kind."""
+    steps = (lsb_op if block is Block else las_op).STEPS
+    served = []
+    find = steps.find.__func__
+
+    def counted(self, *args):
+        run = find(self, *args)
+        served.append(run is not None)
+        return run
+
+    def step(model, x, g):
+        model.zero_grad()
+        x = x.detach().requires_grad_()
+        out = model(x)
+        out.backward(g)
+        return [out.detach(), x.grad, *[p.grad for p in model.parameters() if p.requires_grad], *model.buffers()]
+
+    def the_same(x, g, *, kept):
+        one, two = copy.deepcopy(model), copy.deepcopy(model)
+        served.clear()
+        first = step(one, x, g)
+        assert served == [kept]
+        steps.forget()
+        assert all(torch.equal(a, b) for a, b in zip(first, step(two, x, g), strict=True))
+
+    monkeypatch.setattr(type(steps), "find", counted)
+    dtype = dtype_of(kind)
+    model = make(block(k, n), dtype)[1].train()
+    x, g = randn(m, k, dtype=dtype), randn(m, n, dtype=dtype)
+    the_same(x, g, kept=False)
+    the_same(x, g, kept=True)
+    the_same(randn(m * k + 1, dtype=dtype)[1:].view(m, k), g, kept=True)  # off 16 bytes
+    the_same(randn(k, m, dtype=dtype).t(), g, kept=False)
+    model.linear.weight.requires_grad_(False)
+    the_same(x, g, kept=False)
+    if dtype == torch.float32:
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", kind != "tf32")
+        the_same(x, g, kept=False)
+    served.clear()
+    with torch.autocast("cuda", torch.bfloat16):
+        model(x)
+    assert served == [False]
+
+
 def changes():
     def swap(m, x):
         m.linear.weight.data = torch.randn_like(m.linear.weight)
@@ -260,6 +308,7 @@ def test_contexts_take_the_ordinary_road(short):
     torch.testing.assert_close(mine, eagers, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.captures
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 def test_captured_in_a_graph_and_on_a_side_stream(kind, training, short):
@@ -293,6 +342,7 @@ def test_captured_in_a_graph_and_on_a_side_stream(kind, training, short):
     torch.testing.assert_close(fused.bn.running_mean, eager.bn.running_mean, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.captures
 def test_a_graph_gets_what_is_fastest_on_the_gpu(short):
     """Where the kernel saves the host time and costs the GPU some, it is not for graphs, which replay without it."""
     eager, fused = make(Head(1024, 1024), torch.bfloat16)
@@ -332,6 +382,7 @@ def test_the_library_s_product_and_a_kept_pass(training, kind, short):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.captures
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper's GEMM"
 )
