@@ -5,7 +5,7 @@ a time; tests marked ``large`` come last, one process for all of them. Only kern
 Exits with 1 if a tool found anything or a test failed, and says what; all that a process printed stays in ``--out``.
 
 Every launch is waited for: else a tool keeps what it knows of each in the GPU's memory, tens of gigabytes of it. A
-capture of a CUDA graph does not allow that, so those tests run by themselves, with all kernels loaded beforehand.
+capture of a CUDA graph allows neither that nor what the tools do around a launch: tests marked ``captures`` are left out.
 
 Racecheck has to instrument cuBLAS's Hopper kernels, too: one of those that it leaves alone does not survive beside it.
 """
@@ -28,7 +28,7 @@ from tabulate import tabulate
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = {"racecheck": ("fxfuse", "nvjet")}
 FOUND, NO_TESTS = 99, 5  # exit statuses: the tool's when it found something, pytest's when it had nothing to run
-PARTS, LARGE, CAPTURES = "cuda and not large and not captures", "cuda and large", "cuda and captures"
+PARTS, LARGE = "cuda and not large and not captures", "cuda and large"
 
 
 @dataclass
@@ -64,16 +64,13 @@ def count(text: str, word: str) -> int:
 def run(tool: str, part: str, mark: str, out: Path, arguments: list[str]) -> Run:
     """``tool`` over the tests that ``mark`` and ``arguments`` select."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
-    command += ["--report-api-errors", "no"]
-    if mark is not CAPTURES:
-        command += ["--force-blocking-launches", "yes"]
+    command += ["--report-api-errors", "no", "--force-blocking-launches"]
     for kernel in KERNELS.get(tool, ("fxfuse",)):
         command += ["--kernel-name", f"kns={kernel}"]
     command += [sys.executable, "-m", "pytest", "-m", mark, "-q", "-p", "no:cacheprovider", "--tb=short", *arguments]
     log, started = out / f"{tool}.{part}.log", time.monotonic()
-    environment = {**os.environ, "CUDA_MODULE_LOADING": "EAGER"} if mark is CAPTURES else None
     with log.open("wb") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     text = log.read_text(errors="replace")
     failed = count(text, "failed") + count(text, "errors?")
     said = re.findall(r"SUMMARY: (\d+ (?:errors?|hazards?)[^\n]*)", text)
@@ -98,8 +95,7 @@ def main() -> int:
     tools, runs = known.tool or TOOLS, []
     for tool in tools:
         with ThreadPoolExecutor(known.workers) as pool:
-            parts = [pool.submit(run, tool, "captures", CAPTURES, known.out, arguments)]
-            parts += [
+            parts = [
                 pool.submit(run, tool, f"{i + 1}-of-{n}", PARTS, known.out, [f"--part={i}/{n}", *arguments])
                 for n in [known.parts]
                 for i in range(n)
