@@ -5,7 +5,8 @@ a time; tests marked ``large`` come last, one process for all of them. Only kern
 Exits with 1 if a tool found anything or a test failed, and says what; all that a process printed stays in ``--out``.
 
 Every launch is waited for: else a tool keeps what it knows of each in the GPU's memory, tens of gigabytes of it. A
-capture of a CUDA graph allows neither that nor what the tools do around a launch: tests marked ``captures`` are left out.
+capture of a CUDA graph allows neither that nor what a tool does around a launch: tests marked ``captures`` are left
+out, and so are those that measure memory, where the tools show.
 
 Racecheck has to instrument cuBLAS's Hopper kernels, too: one of those that it leaves alone does not survive beside it.
 """
@@ -28,7 +29,7 @@ from tabulate import tabulate
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = {"racecheck": ("fxfuse", "nvjet")}
 FOUND, NO_TESTS = 99, 5  # exit statuses: the tool's when it found something, pytest's when it had nothing to run
-PARTS, LARGE = "cuda and not large and not captures", "cuda and large"
+PARTS, LARGE = "cuda and not large and not captures and not memory", "cuda and large"
 
 
 @dataclass
@@ -83,10 +84,10 @@ def run(tool: str, part: str, mark: str, out: Path, arguments: list[str]) -> Run
 def main() -> int:
     """Runs the tools one after another; 0 if none of them found anything and every test passed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    most = min(8, os.cpu_count() or 1)
+    most = min(6, os.cpu_count() or 1)
     parser.add_argument("--tool", action="append", choices=TOOLS, help="may be given again (default: all)")
     parser.add_argument("--workers", type=int, default=most, help="processes at a time (default %(default)s)")
-    parser.add_argument("--parts", type=int, default=3 * most, help="parts of the tests (default %(default)s)")
+    parser.add_argument("--parts", type=int, default=4 * most, help="parts of the tests (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/sanitize"), help="logs (default %(default)s)")
     known, arguments = parser.parse_known_args()
     if shutil.which("compute-sanitizer") is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,12 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxfuse.kernels import gemm
+from fxfuse.kernels import matmul_div_sum_scale as mm_kernel
 from fxfuse.ops import _kinds
+from fxfuse.ops import linear_activation_scale as las_file
+from fxfuse.ops import linear_scale_batchnorm1d as bn_file
+from fxfuse.ops import matmul_div_sum_scale as mm_file
 from fxfuse.ops._kinds import Kind, Kinds
 from fxfuse.ops._op import Direct
 from fxfuse.ops.kl_div import OP
@@ -220,3 +226,43 @@ def test_a_kept_call_holds_no_tensor():
     gc.collect()
     assert [one() for one in gone] == [None, None]
     assert found(kinds, *pair())
+
+
+STEPS = {
+    "linear_activation_scale": lambda x, w, b: las_file.linear_activation_scale(x, w, b, "gelu", pre_scale=0.5),
+    "linear_scale_batchnorm1d": lambda x, w, b: bn_file.linear_scale_batchnorm1d(x, w, b, b + 2, training=True),
+    "matmul_div_sum_scale": lambda x, w, b: mm_file.matmul_div_sum_scale(x, w, b, 0.5),
+}
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_a_product_is_what_the_first_came_to(name, small, monkeypatch):
+    monkeypatch.setattr(gemm, "_LAUNCH_US", math.inf if small else 0.0)
+    monkeypatch.setattr(gemm, "library", lambda: None)
+    monkeypatch.setattr(mm_kernel, "library", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    steps = {"l": las_file, "m": mm_file}.get(name[0] if "norm" not in name else "", bn_file).STEPS
+    steps.forget()
+    served = []
+    find = steps.find.__func__
+
+    def counted(self, *args):
+        served.append(find(self, *args))
+        return served[-1]
+
+    monkeypatch.setattr(Kinds, "find", counted)
+
+    def step(x: Tensor, w: Tensor, b: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x, w, b)]
+        out = STEPS[name](*leaves)
+        return [out.detach(), *torch.autograd.grad(out.sum(), leaves)]
+
+    for _ in range(3):
+        tensors = torch.randn(6, 8), torch.randn(4, 8), torch.randn(4)
+        got = step(*tensors)
+        assert (served[-1] is None) == (len(served) == 1)
+        steps.forget()
+        for a, b in zip(got, step(*tensors), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        served[:] = [None]

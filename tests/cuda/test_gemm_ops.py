@@ -237,6 +237,7 @@ def test_kept_training_calls_without_a_gradient(m, n, k, refused, monkeypatch):
             assert int(fused.bn.num_batches_tracked) == step + 1
 
 
+@pytest.mark.memory
 @pytest.mark.parametrize("retain", [False, True])
 def test_the_backward_lets_go_of_the_product(retain):
     """Once its gradient is there; not where the graph is retained, which gives the same gradients again."""

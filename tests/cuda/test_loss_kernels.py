@@ -325,6 +325,7 @@ def test_under_torch_compile(loss: Callable[..., Tensor], backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-8)
 
 
+@pytest.mark.memory
 def test_memory_is_the_gradients_and_rows() -> None:
     s, t = torch.randn(2, 512, 50257, device="cuda", dtype=torch.bfloat16)
     s.requires_grad_()

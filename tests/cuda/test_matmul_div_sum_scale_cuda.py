@@ -229,6 +229,7 @@ def test_reads_what_was_just_written() -> None:
         assert torch.equal(dx, (step * sums[:4096]).expand(2048, 4096))  # type: ignore[arg-type]
 
 
+@pytest.mark.memory
 def test_memory_is_of_features_and_rows() -> None:
     x, w, g = random(4096, 4096), random(4096, 4096), random(4096)
     run(x, w, None, g)

@@ -429,6 +429,7 @@ def test_small_calls_with_gradients_step_aside():
     assert int(fused.bn.num_batches_tracked) == int(eager.bn.num_batches_tracked)
 
 
+@pytest.mark.memory
 def test_nothing_freed_is_kept():
     _, fused = make(Head(64, 64))
     x = randn(32, 64, dtype=torch.float32)

@@ -148,14 +148,12 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   if (warpgroup == 0) {
     registers_lower<kBehind ? kBehindProducerRegisters : Mainloop::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / kWarp, 0);
-    if (kCluster > 1 && thread > 0) cluster_arrive();
     if (warp == 0 && thread == 0) {
       for (int t = cluster; t < tiles; t += clusters) {
         const Tile tile = problem.order.at(t);
         Mainloop::produce(ring, shared, &map_a, &map_b, (tile.m * kCluster + int(rank)) * Mainloop::kBlockM,
                           tile.n * Mainloop::kBlockN, problem.k_blocks, rank);
       }
-      if constexpr (kCluster > 1) cluster_arrive();
     } else if ((Epilogue::kColumns || Epilogue::kBatch || Mainloop::kPrepares) && warp > 0) {
       uint32_t parity = 1;  // the column numbers' memory starts free
       for (int t = cluster; t < tiles; t += clusters) {
@@ -202,7 +200,6 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
         Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster, arrived);
       else
         Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster, Nothing{});
-      if (kCluster > 1 && t + clusters >= tiles) cluster_arrive();
       Mainloop::repair(problem.mainloop, acc, m, n, consumer, thread);
       if constexpr (Epilogue::kBatch) {  // under the statistics: it has long left L2, or was never there
         const int column = n + consumer * kWarpgroup + thread;
@@ -255,9 +252,11 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
     }
     if (Epilogue::kBatch && thread % kWarp == 0 && waits) mbarrier_arrive(through);
   }
-  // A block's shared memory must outlive its neighbours' multicasts and arrivals: both have come when their consumers, after
-  // their last product, and their producer arrive at this barrier.
-  if constexpr (kCluster > 1) cluster_wait();
+  // A block's shared memory must outlive its neighbours' multicasts and arrivals.
+  if constexpr (kCluster > 1) {
+    __syncwarp();
+    cluster_sync();
+  }
 #endif
 }
 
