@@ -72,6 +72,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 }
 // A warp arrives once for all of its threads, so all of them call it together.
 __device__ __forceinline__ void cluster_sync() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 

@@ -97,6 +97,7 @@ class Behind {
       int work = 0;
       if (lane == 0) work = take<NAP>(tiles, p, state);
       work = __shfl_sync(0xffffffffu, work, 0);
+      __syncwarp();  // what lane 0 has seen done, all lanes may read
       const int index = work >> 2;
       if ((work & 3) == kDone) return;
       if ((work & 3) == kMeasure) {
@@ -190,6 +191,7 @@ class Behind {
     __threadfence_block();
     if (merge) atomicAdd_block(&state->mergeable, 1);
     if (normalise) atomicAdd_block(&state->normalisable, 1);
+    __threadfence_block();
     atomicExch_block(&state->looking, 0);
     return merge || normalise;
   }

@@ -19,6 +19,7 @@ namespace fxfuse::hopper {
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kColumnThreads = kWarpgroup - kWarp;
 constexpr int kProducerBarrier = 5;  // of those
+constexpr int kConsumersBarrier = BatchExchange<kWarpgroup, 2>::kBarrier;
 constexpr int kMostBatchRows = kPartialRows * BatchExchange<kWarpgroup, 2>::kMostBlocks;
 constexpr int kBehindBand = 3;  // columns of tiles, where all of them are normalised behind
 
@@ -185,6 +186,9 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
     bool waits = Epilogue::kBatch;  // for counters
     const auto arrived = [&] {
       if constexpr (kBehind) {
+        // The ring keeps the warpgroups together, but not where it holds a whole product: nobody counts the next tile
+        // before all have counted this one.
+        if (problem.k_blocks <= Mainloop::kStages) named_barrier<kConsumers * kWarpgroup>(kConsumersBarrier);
         if (!sent || thread % kWarp != 0) return;
         tma_store_wait_all();
         Work::stored(behind);
@@ -247,16 +251,13 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
     if (thread % kWarp == 0) tma_store_wait_read<0>();  // the end of the kernel waits for the rest
     if constexpr (kBehind) {
       arrived();
-      if (!Work::over(work, behind))
+      if (!__all_sync(0xffffffffu, Work::over(work, behind)))  // a warp works as a whole
         Work::template run<50, 8, 8>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
     }
     if (Epilogue::kBatch && thread % kWarp == 0 && waits) mbarrier_arrive(through);
   }
   // A block's shared memory must outlive its neighbours' multicasts and arrivals.
-  if constexpr (kCluster > 1) {
-    __syncwarp();
-    cluster_sync();
-  }
+  if constexpr (kCluster > 1) cluster_sync();
 #endif
 }
 

@@ -68,7 +68,7 @@ struct DirectMainloop {
   static constexpr int kStageBytes = kBytesA + kBytesB;
   static constexpr int kSharedBytes = STAGES * kStageBytes;
   static constexpr int kAccumulators = BN / 2;  // per thread
-  static constexpr int kStaggerBarrier = 3;
+  static constexpr int kStages = STAGES, kStaggerBarrier = 3;
   static constexpr int kSoon = 8;  // blocks of K after which a tile's stores have long arrived
   using Pipeline = Ring<STAGES, kConsumers, CLUSTER>;
 
