@@ -93,12 +93,11 @@ def main() -> int:
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer comes with the CUDA toolkit; put it on PATH")
     known.out.mkdir(parents=True, exist_ok=True)
-    tools, runs = known.tool or TOOLS, []
+    tools, n, runs = known.tool or TOOLS, known.parts, []
     for tool in tools:
         with ThreadPoolExecutor(known.workers) as pool:
             parts = [
                 pool.submit(run, tool, f"{i + 1}-of-{n}", PARTS, known.out, [f"--part={i}/{n}", *arguments])
-                for n in [known.parts]
                 for i in range(n)
             ]
         runs += [part.result() for part in parts]

@@ -47,7 +47,7 @@ def whole(op: Op, args: tuple[Any, ...]) -> Kind:
     update = op.update
     if op.direct is not None and op.direct(*args):
         return Kind(lambda *args: op.brief(*args, **update), direct=True)
-    road = op.way(*args)
+    road = op._road(*args)
     if road.composed:
         return Kind(lambda *args: op.reference(*args, **update))
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -91,6 +91,17 @@ class Kinds:
             if len(self._kinds) >= MOST_NUMBERS and numbers not in self._kinds:
                 self.forget()
             self._kinds[numbers] = [kind, *self._kinds.get(numbers, ())][:MOST]
+
+    def call(
+        self, op: Op, args: tuple[Any, ...], numbers: Hashable, *tensors: Tensor, ordinary: Callable[[], Any]
+    ) -> Any:
+        """`op` by what a call like this one came to, else `ordinary()`, which is kept as a `whole`."""
+        run = self.find(numbers, *tensors)
+        if run is not None:
+            return run(*args)
+        out = ordinary()
+        self.keep(op, args, numbers, *tensors, make=lambda: whole(op, args))
+        return out
 
     def forget(self) -> None:
         """Forget all that is kept."""

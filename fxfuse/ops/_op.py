@@ -118,10 +118,6 @@ class Op:
         road = self._road(*args)
         return road if self.told is None else self.told(road, *args)
 
-    def way(self, *args: Any) -> Road:
-        """The road alone, of a call that does not go straight to the reference."""
-        return self._road(*args)
-
     def __call__(self, *args: Any) -> Any:
         """The op on all its arguments, in order."""
         if torch.compiler.is_compiling():

@@ -24,7 +24,7 @@ from fxfuse.kernels import matmul_div_sum_scale as collapse
 from fxfuse.kernels.linear_activation_scale import Act
 
 from ._autocast import cast
-from ._kinds import Kinds, whole
+from ._kinds import Kinds
 from ._op import Op
 from ._product import product
 from ._road import Road, floating, together, wide
@@ -346,13 +346,8 @@ def _step(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[Any, ..
     """A call whose gradient is wanted, by what a call like it came to."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     key = len(tensors), *numbers, gemm.float32_settings() if x.dtype is torch.float32 else None
-    run = STEPS.find(key, *tensors)
     args = (x, weight, bias, *numbers)
-    if run is not None:
-        kept: Tensor = run(*args)
-        return kept
-    out: Tensor = OP(*args)
-    STEPS.keep(OP, args, key, *tensors, make=lambda: whole(OP, args))
+    out: Tensor = STEPS.call(OP, args, key, *tensors, ordinary=lambda: OP(*args))
     return out
 
 

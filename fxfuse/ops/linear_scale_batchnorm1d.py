@@ -52,7 +52,7 @@ from ._batchnorm import (
     product_has_bias,
     scaled_dtype,
 )
-from ._kinds import Kinds, whole
+from ._kinds import Kinds
 from ._op import Op
 from ._product import product
 from ._road import Road, floating, together, wide
@@ -406,12 +406,7 @@ def _step(args: tuple[Any, ...]) -> Tensor:
     given = tuple([t for t in tensors if t is not None])
     absent = bias is None, scale is None, divisor is None, bn_weight is None, bn_bias is None, mean is None
     key = training, eps, absent, gemm.float32_settings() if x.dtype is torch.float32 else None
-    run = STEPS.find(key, *given)
-    if run is not None:
-        kept: Tensor = run(*args)[0]
-        return kept
-    out = _ordinary(args)
-    STEPS.keep(OP, args, key, *given, make=lambda: whole(OP, args))
+    out: Tensor = STEPS.call(OP, args, key, *given, ordinary=lambda: (_ordinary(args),))[0]
     return out
 
 

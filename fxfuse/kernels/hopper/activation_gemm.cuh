@@ -11,7 +11,6 @@ namespace fxfuse::hopper {
 // scale * act(pre_scale * (x + bias[column])). A column's numbers: pre_scale * bias.
 struct ActivationEpilogue {
   static constexpr bool kColumns = true, kStatistics = false, kBatch = false;
-  using Column = float2;
   struct Params {
     ColumnVector bias;
     int kind;

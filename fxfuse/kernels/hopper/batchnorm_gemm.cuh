@@ -16,7 +16,6 @@ namespace fxfuse::hopper {
 template <bool EXACT>
 struct BatchNormEvalEpilogue {
   static constexpr bool kColumns = true, kStatistics = false, kBatch = false;
-  using Column = float2;
   using Params = EvalColumns;
   struct Apply {
     __device__ __forceinline__ float operator()(float x, float2 column) const { return fmaf(x, column.x, column.y); }
@@ -29,11 +28,9 @@ struct BatchNormEvalEpilogue {
 // The bare product, and (mean, M2) of each column of every 64 rows.
 struct StatisticsEpilogue {
   static constexpr bool kColumns = false, kStatistics = true, kBatch = false;
-  using Column = float2;
   struct Params {
     float2* partials;  // [ceil(M / 64), N]
   };
-  static __device__ __forceinline__ float2 column(const Params&, int) { return {}; }
   template <typename Body>
   static __device__ __forceinline__ void with(const Params&, Body&& body) { body(Identity::Apply{}); }
 };
@@ -43,14 +40,12 @@ struct StatisticsEpilogue {
 template <bool KEEP>
 struct BatchNormTrainEpilogue {
   static constexpr bool kColumns = false, kStatistics = true, kBatch = true, kKeep = KEEP;
-  using Column = float2;
   struct Params {
     TrainState state;
     float2* partials;  // [ceil(M / 64), N]
     float2* maps;      // [N]: slope and shift, where tiles are normalised behind the tensor cores
     BatchCounters counters;  // for ceil(N / 128) columns of tiles at most
   };
-  static __device__ __forceinline__ float2 column(const Params&, int) { return {}; }
 };
 
 }  // namespace fxfuse::hopper

@@ -80,9 +80,10 @@ class Behind {
     atomicAdd_block(&state->stored, 1);
   }
 
-  // Whether that is so already.
+  // Whether all there is to merge and to normalise is taken.
   static __device__ __forceinline__ bool over(const BehindTiles& tiles, const BehindState* state) {
-    return tiles.tile(load_shared(&state->normalised) / kUnits) >= tiles.end && tiles.tile(load_shared(&state->merged)) >= tiles.share_end;
+    return tiles.tile(load_shared(&state->normalised) / kUnits) >= tiles.end &&
+           tiles.tile(load_shared(&state->merged)) >= tiles.share_end;
   }
 
   // Works until all there is to merge and to normalise is taken. By whole warps, in any number. NAP: ns between looks for work; MEASURE,

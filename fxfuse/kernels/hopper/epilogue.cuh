@@ -7,17 +7,15 @@
 
 namespace fxfuse::hopper {
 
-// An epilogue says what numbers (Column) it needs for each column, computed while the tensor cores work (`column`), and
-// hands a function of an accumulator and those numbers to `body` (`with`). With kStatistics it also gets each 64 rows' column
+// An epilogue says with kColumns that it needs two numbers for each column, computed while the tensor cores work (`column`),
+// and hands a function of an accumulator and those numbers to `body` (`with`). With kStatistics it also gets each 64 rows' column
 // statistics, at Params::partials; with kBatch the whole batch's (batch.cuh). This one is the product itself.
 struct Identity {
   static constexpr bool kColumns = false, kStatistics = false, kBatch = false;
   struct Params {};
-  using Column = float2;
   struct Apply {
     __device__ __forceinline__ float operator()(float x, float2) const { return x; }
   };
-  static __device__ __forceinline__ float2 column(const Params&, int) { return {}; }
   template <typename Body>
   static __device__ __forceinline__ void with(const Params&, Body&& body) { body(Apply{}); }
 };

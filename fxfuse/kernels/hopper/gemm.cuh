@@ -159,14 +159,15 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
       uint32_t parity = 1;  // the column numbers' memory starts free
       for (int t = cluster; t < tiles; t += clusters) {
         if constexpr (Mainloop::kPrepares) Mainloop::prepare(ring, shared, problem.k_blocks, thread - kWarp);
-        if (!Epilogue::kColumns) continue;
-        const int n = problem.order.at(t).n * Mainloop::kBlockN;
-        mbarrier_wait(columns_empty, parity);
+        if constexpr (Epilogue::kColumns) {
+          const int n = problem.order.at(t).n * Mainloop::kBlockN;
+          mbarrier_wait(columns_empty, parity);
 #pragma unroll
-        for (int i = thread - kWarp; i < Mainloop::kBlockN; i += kColumnThreads)
-          if (n + i < problem.columns) columns[i] = Epilogue::column(problem.epilogue, n + i);
-        mbarrier_arrive(columns_full);
-        parity ^= 1;
+          for (int i = thread - kWarp; i < Mainloop::kBlockN; i += kColumnThreads)
+            if (n + i < problem.columns) columns[i] = Epilogue::column(problem.epilogue, n + i);
+          mbarrier_arrive(columns_full);
+          parity ^= 1;
+        }
       }
       if constexpr (kBehind) Work::template run<300, 4, 4>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
       if constexpr (Epilogue::kBatch) {
