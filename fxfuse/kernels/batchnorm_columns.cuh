@@ -98,12 +98,6 @@ struct TrainState {
     if (running_mean.data == nullptr) return {0.f, 0.f, 0.f};
     return {linear.bias.at(c, 0.f), running_mean.read().at(c, 0.f), running_var.read().at(c, 0.f)};
   }
-  // Has L2 fetch both.
-  __device__ __forceinline__ void prefetch(int64_t c) const {
-    linear.scale.prefetch(c), linear.divisor.prefetch(c), norm.gamma.prefetch(c), norm.beta.prefetch(c);
-    if (running_mean.data == nullptr) return;
-    linear.bias.prefetch(c), running_mean.read().prefetch(c), running_var.read().prefetch(c);
-  }
   // Updates the running statistics (torch's rules: unbiased variance) and saves.
   __device__ __forceinline__ void record(int64_t c, const Known& k, const Moments& m, float rest = 0.f) const {
     record(c, k, before(c), m, rest);

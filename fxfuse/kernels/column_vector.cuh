@@ -21,10 +21,6 @@ struct ColumnVector {
     const float x = type == kFloat16 ? __half2float(__ushort_as_half(static_cast<unsigned short>(raw))) : wide;
     return data == nullptr ? absent : x;
   }
-  // Has L2 fetch what `at` will read.
-  __device__ __forceinline__ void prefetch(int64_t column) const {
-    if (data != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(address(column)));
-  }
 
  private:
   __device__ __forceinline__ int bytes() const { return (code & ~kOneForAll) == kFloat32 ? 4 : 2; }

@@ -52,6 +52,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
 
 // --- named barriers -----------------------------------------------------------------------------------------------------
 
+constexpr int kConsumersBarrier = 4, kProducerBarrier = 5;  // of all consumers; of the producer's warps that prepare
+
 template <int THREADS>
 __device__ __forceinline__ void named_barrier(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
@@ -61,6 +63,12 @@ __device__ __forceinline__ void named_barrier(int id) {
 template <int THREADS>
 __device__ __forceinline__ void named_barrier_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
+__device__ __forceinline__ int block_index() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
 }
 
 // --- cluster ------------------------------------------------------------------------------------------------------------

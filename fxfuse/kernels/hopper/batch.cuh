@@ -1,5 +1,6 @@
-// A batch's statistics inside the GEMM: every warpgroup publishes those of its rows, waits for the others that work on the
-// same columns, and merges them all while its accumulators stay in registers. Then the tile is normalised as it is written.
+// A batch's statistics inside the GEMM: every block (or warpgroup) publishes those of its rows, waits for the others that
+// work on the same columns, and merges them all while its accumulators stay in registers. Then the tile is normalised as it
+// is written.
 //
 // The blocks of a column of tiles must run at the same time: the launch is cooperative, and a round of the persistent grid
 // holds whole columns (see TileOrder and launch_gemm).
@@ -12,74 +13,97 @@
 
 namespace fxfuse::hopper {
 
-// CONSUMERS warpgroups of a block: thread c of them merges column c of the tile.
-template <int BN, int CONSUMERS>
+constexpr int kMostBatchRows = 1024;
+
+// Among blocks of CONSUMERS warpgroups, of partials of ROWS rows each: thread c of a block merges column c of the tile.
+template <int BN, int CONSUMERS, int ROWS>
 class BatchExchange {
  public:
-  static constexpr int kMostBlocks = 16;  // of 64 rows
   static constexpr int kThreads = CONSUMERS * kWarpgroup;
-  static constexpr int kBarrier = 4;  // of all consumers
   static_assert(BN <= kThreads, "a column a thread");
 
   // What a thread knows of its column of the tile.
   struct Column {
-    TrainState::Known known;
-    TrainState::Before before;
-    Moments moments;
+    TrainState::Known known{};
+    TrainState::Before before{};
+    Moments moments{};
+    bool records = false;  // the column's statistics, for whoever comes later: each block of a column of tiles does for its share
   };
-  // The column's statistics are for whoever comes later; each of the `blocks` of a column of tiles records its share.
-  static __device__ __forceinline__ bool records(const TrainState& state, int n, int block, int blocks, int thread) {
-    return thread < BN && n + thread < state.columns && thread * blocks / BN == block;
+  // Of the tile's column `thread`, in block number `block` of `blocks` below each other.
+  static __device__ __forceinline__ Column column(const TrainState& state, int n, int block, int blocks, int thread) {
+    Column column;
+    if (thread >= BN || n + thread >= state.columns) return column;
+    column.records = thread * blocks / BN == block;
+    column.known = state.known(n + thread);
+    if (column.records) column.before = state.before(n + thread);
+    return column;
   }
 
-  // Waits for `expected` warpgroups, then merges partials [ceil(rows / 64), columns]. maps: shared memory, room for (slope,
+  // The same by way of shared memory, where other warps have put it while the product was under way.
+  struct Prepared {
+    float s[BN], gamma[BN], beta[BN], bias[BN], mean[BN], var[BN];
+  };
+  static __device__ __forceinline__ void prepare(Prepared& to, const TrainState& state, int n, int i) {
+    if (n + i >= state.columns) return;
+    const auto known = state.known(n + i);
+    const auto before = state.before(n + i);
+    to.s[i] = known.s, to.gamma[i] = known.gamma, to.beta[i] = known.beta;
+    to.bias[i] = before.bias, to.mean[i] = before.mean, to.var[i] = before.var;
+  }
+  static __device__ __forceinline__ Column column(const Prepared& from, const TrainState& state, int n, int block, int blocks,
+                                                  int thread) {
+    Column column;
+    if (thread >= BN || n + thread >= state.columns) return column;
+    column.records = thread * blocks / BN == block;
+    column.known = {from.s[thread], from.gamma[thread], from.beta[thread]};
+    column.before = {from.bias[thread], from.mean[thread], from.var[thread]};
+    return column;
+  }
+
+  // Waits for `expected` arrivals, then merges partials [ceil(rows / ROWS), columns]. maps: shared memory, room for (slope,
   // shift) of each column of the tile.
-  static __device__ __forceinline__ Column finish(const TrainState& state, const float2* partials, const int* arrived,
-                                                  int expected, float2* maps, int rows, int n, bool records, int thread) {
-    const int blocks = ceil_div(rows, kInstructionM), c = n + thread;
-    const bool mine = thread < BN && c < state.columns;
-    Column column{{}, {}, {float(rows), 0.f, 0.f}};
-    Moments& m = column.moments;
+  static __device__ __forceinline__ void finish(Column& column, const TrainState& state, const float2* partials,
+                                                const int* arrived, int expected, float2* maps, int rows, int n, int thread) {
+    constexpr int kMost = kMostBatchRows / ROWS;
+    const int blocks = ceil_div(rows, ROWS), c = n + thread;
     if (thread % kWarpgroup == 0)
       while (load_acquire(arrived) < expected) {
       }
-    named_barrier<kThreads>(kBarrier);
-    if (mine) {
+    named_barrier<kThreads>(kConsumersBarrier);
+    if (thread < BN && c < state.columns) {
       // All loads at once, so that they overlap; then the mean, then squared distances from it.
-      column.known = state.known(c);
-      if (records) column.before = state.before(c);
-      float2 part[kMostBlocks];
+      float2 part[kMost];
 #pragma unroll
-      for (int b = 0; b < kMostBlocks; ++b)
+      for (int b = 0; b < kMost; ++b)
         part[b] = b < blocks ? __ldcg(partials + int64_t(b) * state.columns + c) : make_float2(0.f, 0.f);
+      const float whole = float(rows) / ROWS;  // blocks, and a part of one
+      Moments m{float(rows), 0.f, 0.f};
 #pragma unroll
-      for (int b = 0; b < kMostBlocks; ++b) m.mean = fmaf(block_rows(rows, b), part[b].x, m.mean);
-      m.mean /= m.count;
+      for (int b = 0; b < kMost; ++b) m.mean = fmaf(__saturatef(whole - float(b)), part[b].x, m.mean);
+      m.mean /= whole;
 #pragma unroll
-      for (int b = 0; b < kMostBlocks; ++b) {
+      for (int b = 0; b < kMost; ++b) {
         const float delta = part[b].x - m.mean;
-        m.m2 += fmaf(delta * delta, block_rows(rows, b), part[b].y);
+        m.m2 += fmaf(delta * delta, ROWS * __saturatef(whole - float(b)), part[b].y);
       }
       const ColumnMap map = state.map(column.known, m);
       maps[thread] = {map.g, fmaf(map.e, map.g, map.b)};
+      column.moments = m;
     }
-    named_barrier<kThreads>(kBarrier);
-    return column;
+    named_barrier<kThreads>(kConsumersBarrier);
+  }
+  static __device__ __forceinline__ void record(const Column& column, const TrainState& state, int n, int thread) {
+    if (column.records) state.record(n + thread, column.known, column.before, column.moments);
   }
 
   // Waits for `expected` blocks, then brings the maps [columns] that they merged to shared memory.
   static __device__ __forceinline__ void fetch(const int* merged, int expected, const float2* merged_maps, float2* maps,
                                                int columns, int n, int thread) {
     if (thread % kWarpgroup == 0)
-      while (load_acquire(merged) < expected) __nanosleep(100);
-    named_barrier<kThreads>(kBarrier);
+      while (load_acquire(merged) < expected) __nanosleep(50);
+    named_barrier<kThreads>(kConsumersBarrier);
     if (thread < BN && n + thread < columns) maps[thread] = __ldcg(merged_maps + n + thread);
-    named_barrier<kThreads>(kBarrier);
-  }
-
- private:
-  static __device__ __forceinline__ float block_rows(int rows, int block) {
-    return float(max(0, min(kInstructionM, rows - block * kInstructionM)));
+    named_barrier<kThreads>(kConsumersBarrier);
   }
 };
 

@@ -17,12 +17,14 @@
 #include "barrier.cuh"
 #include "scheduler.cuh"
 
+#include <type_traits>
+
 namespace fxfuse::hopper {
 
 constexpr int kPartialRows = 64;  // rows of an entry of `partials`
 
 // Of 64,512 registers for 128 threads of the producer's and 256 of the consumers'.
-constexpr int kBehindProducerRegisters = 104, kBehindConsumerRegisters = 200;
+constexpr int kBehindProducerRegisters = 120, kBehindConsumerRegisters = 192;
 
 // In shared memory, counted in the block's own turns: how much of each kind of work is taken, how much may be, and whether a
 // warp is looking for more. `stored`: arrivals of the consumers' warps whose rows of a tile are in memory.
@@ -39,8 +41,7 @@ __device__ __forceinline__ int load_acquire(const int* p) {
 }
 // By one thread, after a barrier among those whose writes it stands for.
 __device__ __forceinline__ void arrive_release(int* p) {
-  __threadfence();
-  atomicAdd(p, 1);
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(p) : "memory");
 }
 
 // Counters of the columns of tiles, and of the blocks that are through. All are zero before a launch, and again after it.
@@ -80,56 +81,67 @@ class Behind {
     atomicAdd_block(&state->stored, 1);
   }
 
-  // Whether all there is to merge and to normalise is taken.
-  static __device__ __forceinline__ bool over(const BehindTiles& tiles, const BehindState* state) {
-    return tiles.tile(load_shared(&state->normalised) / kUnits) >= tiles.end &&
-           tiles.tile(load_shared(&state->merged)) >= tiles.share_end;
-  }
-
-  // Works until all there is to merge and to normalise is taken. By whole warps, in any number. NAP: ns between looks for work; MEASURE,
-  // NORMALISE: accesses of a lane under way at once.
+  // Works until all there is to merge and to normalise is taken. By whole warps, in any number. NAP: ns between looks for
+  // work; MEASURE, NORMALISE: accesses of a lane under way at once.
   // Params: TrainState state, partials [ceil(rows / 64), columns], maps [columns], BatchCounters counters.
   template <unsigned NAP, int MEASURE, int NORMALISE, typename Params>
   static __device__ __forceinline__ void run(const BehindTiles& tiles, const Params& p, const Out* acc, Out* out,
                                              BehindState* state, int lane) {
-    int current = -1, m = 0, n = 0;
-    float2 maps[kSpans * kWide];
+    Columns columns;
     for (;;) {
       int work = 0;
-      if (lane == 0) work = take<NAP>(tiles, p, state);
+      if (lane == 0) work = take(tiles, state);
       work = __shfl_sync(0xffffffffu, work, 0);
       __syncwarp();  // what lane 0 has seen done, all lanes may read
-      const int index = work >> 2;
-      if ((work & 3) == kDone) return;
-      if ((work & 3) == kMeasure) {
-        const Tile tile = tiles.order.at(tiles.tile(index / CONSUMERS));
-        measure<MEASURE / kSpans>(tiles, acc, p.partials, first_row(tiles, tile) + index % CONSUMERS * kPartialRows, tile.n * BN, lane);
-        __syncwarp();
-        if (lane == 0) arrive_release(p.counters.arrived(tile.n));
-      } else if ((work & 3) == kMerge) {
-        const Tile tile = tiles.order.at(tiles.tile(index));
-        merge_share(tiles, p, tile, lane);
-        __syncwarp();
-        if (lane == 0) arrive_release(p.counters.merged(tile.n));
-      } else {
-        if (index / kUnits != current) {
-          current = index / kUnits;
-          const Tile tile = tiles.order.at(tiles.tile(current));
-          m = first_row(tiles, tile);
-          n = tile.n * BN;
-#pragma unroll
-          for (int i = 0; i < kSpans * kWide; ++i) {
-            const int c = column(n, i / kWide, lane) + i % kWide;
-            maps[i] = c < tiles.columns ? __ldcg(p.maps + c) : make_float2(0.f, 0.f);
-          }
+      const int index = work / kKinds;
+      switch (work % kKinds) {
+        case kDone: return;
+        case kMeasure: {
+          const Tile tile = tiles.order.at(tiles.tile(index / CONSUMERS));
+          measure<MEASURE / kSpans>(tiles, acc, p.partials, first_row(tiles, tile) + index % CONSUMERS * kPartialRows, tile.n * BN, lane);
+          __syncwarp();
+          if (lane == 0) arrive_release(p.counters.arrived(tile.n));
+          break;
         }
-        normalise<NORMALISE / kSpans>(tiles, acc, out, maps, m + index % kUnits * kRows, n, lane);
+        case kMerge: {
+          const Tile tile = tiles.order.at(tiles.tile(index));
+          merge_share(tiles, p, tile, lane);
+          __syncwarp();
+          if (lane == 0) arrive_release(p.counters.merged(tile.n));
+          break;
+        }
+        case kNormalise: normalise<NORMALISE / kSpans>(tiles, p.maps, acc, out, columns, index, lane); break;
+        case kLook:
+          if (look(tiles, p.counters, state, lane)) break;
+        default: __nanosleep(NAP);
       }
     }
   }
 
+  // Normalises beside the warps that `run` until all of it is taken. A few hundred instructions, where `run` has thousands:
+  // at a block's end they are read from memory for the first time.
+  template <unsigned NAP, int NORMALISE>
+  static __device__ __forceinline__ void help(const BehindTiles& tiles, const float2* maps, const Out* acc, Out* out,
+                                              BehindState* state, int lane) {
+    Columns columns;
+    for (;;) {
+      int work = 0;
+      if (lane == 0) {
+        const int unit = load_shared(&state->normalised), turn = unit / kUnits;
+        if (tiles.tile(turn) >= tiles.end) work = kDone;
+        else if (turn < load_shared(&state->normalisable) && claim(&state->normalised, unit)) work = unit * kKinds + kNormalise;
+        else work = kNap;
+      }
+      work = __shfl_sync(0xffffffffu, work, 0);
+      __syncwarp();
+      if (work == kDone) return;
+      if (work == kNap) __nanosleep(NAP);
+      else normalise<NORMALISE / kSpans>(tiles, maps, acc, out, columns, work / kKinds, lane);
+    }
+  }
+
  private:
-  enum Kind { kMeasure, kMerge, kNormalise, kDone };
+  enum Kind { kMeasure, kMerge, kNormalise, kLook, kNap, kDone, kKinds };
 
   static constexpr int kRows = 16;  // of a unit of normalisation
   static constexpr int kUnits = BM / kRows;
@@ -137,8 +149,9 @@ class Behind {
   static constexpr int kLanes = BN / kWide < kWarp ? BN / kWide : kWarp;  // along a row
   static constexpr int kSpans = BN / (kWide * kLanes);  // accesses of a lane along a row
   static constexpr int kStep = kWarp / kLanes;          // rows of a warp's access
-  static constexpr int TOGETHER = 4 / kSpans;          // rows of a lane under way at once
-  static_assert(BM == CONSUMERS * kPartialRows && kRows % (kStep * 8 / kSpans) == 0);
+  static constexpr int kTogether = 8;                   // partials that a lane loads at once
+  static constexpr int kAhead = 4;                      // columns of tiles that are looked at together
+  static_assert(BM == CONSUMERS * kPartialRows);
 
   static __device__ __forceinline__ int first_row(const BehindTiles& tiles, const Tile& tile) {
     return (tile.m * tiles.cluster_size + tiles.rank) * BM;
@@ -153,24 +166,23 @@ class Behind {
     return atomicCAS_block(counter, seen, seen + 1) == seen;
   }
 
-  // By one lane: the next piece of work, index * 4 + kind. What others wait for comes first.
-  template <unsigned NAP, typename Params>
-  static __device__ __forceinline__ int take(const BehindTiles& tiles, const Params& p, BehindState* state) {
-    for (;;) {
-      const int unit = load_shared(&state->normalised), turn = unit / kUnits;
-      const int share = load_shared(&state->merged);
-      if (tiles.tile(turn) >= tiles.end && tiles.tile(share) >= tiles.share_end) return kDone;
-      const int ready = load_shared(&state->stored) / (CONSUMERS * kWarpgroup / kWarp), part = load_shared(&state->measured);
-      if (part / CONSUMERS < ready && tiles.tile(part / CONSUMERS) < tiles.end) {
-        if (claim(&state->measured, part)) return part << 2 | kMeasure;
-      } else if (share < load_shared(&state->mergeable)) {
-        if (claim(&state->merged, share)) return share << 2 | kMerge;
-      } else if (turn < min(ready, load_shared(&state->normalisable))) {
-        if (claim(&state->normalised, unit)) return unit << 2 | kNormalise;
-      } else if (!expects(tiles, state, part) || !look(tiles, p, state)) {
-        __nanosleep(NAP);
-      }
+  // By one lane: the next piece of work, index * kKinds + kind. What others wait for comes first. One warp of a block looks
+  // for more at a time: at the end all blocks look at the same counters.
+  static __device__ __forceinline__ int take(const BehindTiles& tiles, BehindState* state) {
+    const int unit = load_shared(&state->normalised), turn = unit / kUnits;
+    const int share = load_shared(&state->merged);
+    if (tiles.tile(turn) >= tiles.end && tiles.tile(share) >= tiles.share_end) return kDone;
+    const int ready = load_shared(&state->stored) / (CONSUMERS * kWarpgroup / kWarp), part = load_shared(&state->measured);
+    if (part / CONSUMERS < ready && tiles.tile(part / CONSUMERS) < tiles.end) {
+      if (claim(&state->measured, part)) return part * kKinds + kMeasure;
+    } else if (share < load_shared(&state->mergeable)) {
+      if (claim(&state->merged, share)) return share * kKinds + kMerge;
+    } else if (turn < min(ready, load_shared(&state->normalisable))) {
+      if (claim(&state->normalised, unit)) return unit * kKinds + kNormalise;
+    } else {
+      return expects(tiles, state, part) && atomicCAS_block(&state->looking, 0, 1) == 0 ? kLook : kNap;
     }
+    return kNap;
   }
 
   // Whether there may be more to merge or to normalise: not before this block's own part of the next column is measured.
@@ -180,21 +192,27 @@ class Behind {
     return tiles.tile(share) < tiles.share_end && (measured >= (share + 1) * CONSUMERS || tiles.tile(share) >= tiles.end);
   }
 
-  // Whether there is more to merge or to normalise. One warp of a block looks at a time: at the end all blocks look at the
-  // same counters.
-  template <typename Params>
-  static __device__ __forceinline__ bool look(const BehindTiles& tiles, const Params& p, BehindState* state) {
-    if (atomicCAS_block(&state->looking, 0, 1) != 0) return false;
+  // By the warp that holds `looking`: how many of the next columns have all partials, and how many all maps. Whether any.
+  static __device__ __forceinline__ bool look(const BehindTiles& tiles, const BatchCounters& counters, BehindState* state, int lane) {
     const int share = load_shared(&state->mergeable), turn = load_shared(&state->normalisable);
-    const int a = tiles.tile(share), b = tiles.tile(turn);
-    const bool merge = a < tiles.share_end && load_acquire(p.counters.arrived(tiles.order.at(a).n)) >= tiles.blocks() * CONSUMERS;
-    const bool normalise = b < tiles.end && turn < share && load_acquire(p.counters.merged(tiles.order.at(b).n)) >= tiles.blocks();
+    const bool merge = lane < kWarp / 2;
+    const int index = (merge ? share : turn) + lane % (kWarp / 2), tile = tiles.tile(index);
+    bool there = false;
+    if (lane % (kWarp / 2) < kAhead && tile < (merge ? tiles.share_end : min(tiles.end, tiles.tile(share)))) {
+      const int n = tiles.order.at(tile).n;
+      there = load_acquire(merge ? counters.arrived(n) : counters.merged(n)) >= tiles.blocks() * (merge ? CONSUMERS : 1);
+    }
+    const unsigned found = __ballot_sync(0xffffffffu, there);
+    const int shares = __ffs(~found) - 1, turns = __ffs(~(found >> kWarp / 2)) - 1;
     __threadfence_block();
-    if (merge) atomicAdd_block(&state->mergeable, 1);
-    if (normalise) atomicAdd_block(&state->normalisable, 1);
-    __threadfence_block();
-    atomicExch_block(&state->looking, 0);
-    return merge || normalise;
+    __syncwarp();
+    if (lane == 0) {
+      if (shares > 0) atomicAdd_block(&state->mergeable, shares);
+      if (turns > 0) atomicAdd_block(&state->normalisable, turns);
+      __threadfence_block();
+      atomicExch_block(&state->looking, 0);
+    }
+    return shares + turns > 0;
   }
 
   // Columns n.. of kPartialRows rows. Sums are taken from the first row's value, so that nothing cancels for columns whose
@@ -215,27 +233,15 @@ class Behind {
 #pragma unroll
       for (int j = 0; j < kWide; ++j) shift[s * kWide + j] = v.get(j);
     }
-    const int64_t step = int64_t(kStep) * tiles.columns;
-    int row = first + lane / kLanes;
-    const Out* from = acc + int64_t(row) * tiles.columns + column(n, 0, lane);
-#pragma unroll 1
-    for (; row < last; row += kStep * TOGETHER, from += TOGETHER * step) {
-      Pack<Out> v[TOGETHER * kSpans];
+    walk<TOGETHER>(tiles, acc, first + lane / kLanes, last, n, lane, [&](const Pack<Out>& v, int span, int64_t) {
 #pragma unroll
-      for (int i = 0; i < TOGETHER * kSpans; ++i)
-        if (inside(tiles, row, i, last, n, lane)) v[i].raw = load(from + i / kSpans * step + i % kSpans * kLanes * kWide);
-#pragma unroll
-      for (int i = 0; i < TOGETHER * kSpans; ++i) {
-        if (!inside(tiles, row, i, last, n, lane)) continue;
-#pragma unroll
-        for (int j = 0; j < kWide; ++j) {
-          const int at = i % kSpans * kWide + j;
-          const float d = v[i].get(j) - shift[at];
-          sum[at] += d;
-          squares[at] = fmaf(d, d, squares[at]);
-        }
+      for (int j = 0; j < kWide; ++j) {
+        const int at = span * kWide + j;
+        const float d = v.get(j) - shift[at];
+        sum[at] += d;
+        squares[at] = fmaf(d, d, squares[at]);
       }
-    }
+    });
     const float count = float(last - first);
 #pragma unroll
     for (int i = 0; i < kSpans * kWide; ++i) {
@@ -249,6 +255,34 @@ class Behind {
       if (lane < kLanes && c < tiles.columns)
         partials[int64_t(first / kPartialRows) * tiles.columns + c] = {shift[i] + mean, fmaxf(fmaf(-mean, sum[i], squares[i]), 0.f)};
     }
+  }
+
+  // Of the partials number b, b + step, .. of a column, kTogether at most: all loads at once, then the mean, then squared
+  // distances from it.
+  static __device__ __forceinline__ Moments moments(const BehindTiles& tiles, const float2* column, bool inside, int b, int step,
+                                                    int partials) {
+    const float whole = float(tiles.rows) / kPartialRows;  // partials, and a part of one
+    float2 part[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int at = b + i * step;
+      part[i] = inside && at < partials ? __ldcg(column + int64_t(at) * tiles.columns) : make_float2(0.f, 0.f);
+    }
+    Moments m{0.f, 0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const float share = __saturatef(whole - float(b + i * step));
+      m.count += share;
+      m.mean = fmaf(share, part[i].x, m.mean);
+    }
+    m.mean = m.count > 0.f ? m.mean / m.count : 0.f;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const float delta = part[i].x - m.mean;
+      m.m2 += fmaf(delta * delta, kPartialRows * __saturatef(whole - float(b + i * step)), part[i].y);
+    }
+    m.count *= kPartialRows;
+    return m;
   }
 
   // Each block of a column of tiles merges the same number of its columns: their maps, and the record of them. Lanes lie
@@ -270,11 +304,9 @@ class Behind {
         before = p.state.before(c);
       }
       Moments m{0.f, 0.f, 0.f};
-#pragma unroll 8
-      for (int b = lane / width; b < partials; b += kWarp / width) {
-        const float2 part = c < last ? __ldcg(p.partials + int64_t(b) * tiles.columns + c) : make_float2(0.f, 0.f);
-        m = merge(m, Moments{float(min(kPartialRows, tiles.rows - b * kPartialRows)), part.x, part.y});
-      }
+#pragma unroll 1
+      for (int b = lane / width; b < partials; b += kTogether * (kWarp / width))
+        m = merge(m, moments(tiles, p.partials + c, c < last, b, kWarp / width, partials));
       for (int step = width; step < kWarp; step *= 2) {
         const Moments other{__shfl_xor_sync(0xffffffffu, m.count, step), __shfl_xor_sync(0xffffffffu, m.mean, step),
                             __shfl_xor_sync(0xffffffffu, m.m2, step)};
@@ -288,37 +320,68 @@ class Behind {
     }
   }
 
-  // kRows rows from `first` on; maps: of this lane's columns.
+  // A lane's columns of the tile that it normalised last.
+  struct Columns {
+    int turn = -1, m = 0, n = 0;
+    float2 maps[kSpans * kWide];
+  };
+
+  // Unit number `unit`, kRows rows of a tile.
   template <int TOGETHER>
-  static __device__ __forceinline__ void normalise(const BehindTiles& tiles, const Out* acc, Out* out,
-                                                   const float2 (&maps)[kSpans * kWide], int first, int n, int lane) {
-    const int last = min(tiles.rows, first + kRows);
-    const int64_t step = int64_t(kStep) * tiles.columns;
-    int row = first + lane / kLanes;
-    int64_t at = int64_t(row) * tiles.columns + column(n, 0, lane);
-#pragma unroll 1
-    for (; row < last; row += kStep * TOGETHER, at += TOGETHER * step) {
-      Pack<Out> v[TOGETHER * kSpans];
+  static __device__ __forceinline__ void normalise(const BehindTiles& tiles, const float2* merged, const Out* acc, Out* out,
+                                                   Columns& columns, int unit, int lane) {
+    if (unit / kUnits != columns.turn) {
+      columns.turn = unit / kUnits;
+      const Tile tile = tiles.order.at(tiles.tile(columns.turn));
+      columns.m = first_row(tiles, tile);
+      columns.n = tile.n * BN;
 #pragma unroll
-      for (int i = 0; i < TOGETHER * kSpans; ++i)
-        if (inside(tiles, row, i, last, n, lane)) v[i].raw = load(acc + at + i / kSpans * step + i % kSpans * kLanes * kWide);
-#pragma unroll
-      for (int i = 0; i < TOGETHER * kSpans; ++i) {
-        if (!inside(tiles, row, i, last, n, lane)) continue;
-#pragma unroll
-        for (int j = 0; j < kWide; ++j) {
-          const float2 map = maps[i % kSpans * kWide + j];
-          v[i].set(j, fmaf(v[i].get(j), map.x, map.y));
-        }
-        st_keep(out + at + i / kSpans * step + i % kSpans * kLanes * kWide, v[i]);
+      for (int i = 0; i < kSpans * kWide; ++i) {
+        const int c = column(columns.n, i / kWide, lane) + i % kWide;
+        columns.maps[i] = c < tiles.columns ? __ldcg(merged + c) : make_float2(0.f, 0.f);
       }
     }
+    const int first = columns.m + unit % kUnits * kRows, n = columns.n;
+    const int last = min(tiles.rows, first + kRows);
+    walk<TOGETHER>(tiles, acc, first + lane / kLanes, last, n, lane, [&](const Pack<Out>& v, int span, int64_t at) {
+      Pack<Out> z;
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) {
+        const float2 map = columns.maps[span * kWide + j];
+        z.set(j, fmaf(v.get(j), map.x, map.y));
+      }
+      st_keep(out + at, z);
+    });
   }
 
-  // Whether access number i of those under way from `row` on lies in the matrix.
-  static __device__ __forceinline__ bool inside(const BehindTiles& tiles, int row, int i, int last, int n, int lane) {
-    return row + i / kSpans * kStep < last && column(n, i % kSpans, lane) < tiles.columns;
+  // Hands this lane's accesses of rows `row`, row + kStep, .. under `last`, each with its span of columns and its place in the
+  // matrix, to `body`; those of TOGETHER rows are under way at once. The loop is short: it runs beside the tensor cores.
+  template <int TOGETHER, typename Body>
+  static __device__ __forceinline__ void walk(const BehindTiles& tiles, const Out* acc, int row, int last, int n, int lane,
+                                              const Body& body) {
+    const int64_t step = int64_t(kStep) * tiles.columns;
+    int64_t at = int64_t(row) * tiles.columns + column(n, 0, lane);
+    bool inside[kSpans];
+#pragma unroll
+    for (int s = 0; s < kSpans; ++s) inside[s] = column(n, s, lane) < tiles.columns;
+    const auto rows = [&](auto together) {
+      constexpr int kEach = decltype(together)::value;
+      Pack<Out> v[kEach * kSpans];
+#pragma unroll
+      for (int i = 0; i < kEach * kSpans; ++i)
+        if (inside[i % kSpans]) v[i].raw = load(acc + at + i / kSpans * step + i % kSpans * kLanes * kWide);
+#pragma unroll
+      for (int i = 0; i < kEach * kSpans; ++i)
+        if (inside[i % kSpans]) body(v[i], i % kSpans, at + i / kSpans * step + i % kSpans * kLanes * kWide);
+      row += kEach * kStep;
+      at += kEach * step;
+    };
+#pragma unroll 1
+    while (row + (TOGETHER - 1) * kStep < last) rows(std::integral_constant<int, TOGETHER>{});
+#pragma unroll 1
+    while (row < last) rows(std::integral_constant<int, 1>{});
   }
+
   // From L2: another multiprocessor's, or the copy engine's, writes.
   static __device__ __forceinline__ uint4 load(const Out* p) { return __ldcg(reinterpret_cast<const uint4*>(p)); }
 };

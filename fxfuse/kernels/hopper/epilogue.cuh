@@ -74,6 +74,21 @@ struct TileWriter {
     }
   }
 
+  // The tile as it is into `shared`, room for all chunks: [warp][chunk][row], each warp its own rows.
+  static __device__ __forceinline__ void lay(const float (&acc)[BN / 2], uint32_t shared, int thread) {
+    static_assert(BUFFERS == kChunks, "room for a part of the tile only");
+    const int warp = thread / kWarp, lane = thread % kWarp;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk)
+      fill(acc, chunk * (kChunkColumns / 8), shared + warp * kWarpBytes + chunk * kChunkBytes, lane);
+  }
+  // A tile that was laid out, to (m, n). By one thread.
+  static __device__ __forceinline__ void store(uint32_t shared, const CUtensorMap* map, int m, int n) {
+#pragma unroll 1
+    for (int i = 0; i < 4 * kChunks; ++i)
+      tma_store(map, shared + i * kChunkBytes, n + i % kChunks * kChunkColumns, m + i / kChunks * kRows);
+  }
+
  private:
   // Accumulators of the column groups of eight from `group` on into a chunk.
   static __device__ __forceinline__ void fill(const float (&acc)[BN / 2], int group, uint32_t buffer, int lane) {

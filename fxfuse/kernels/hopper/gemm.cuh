@@ -5,100 +5,15 @@
 // in shared memory are all they share.
 #pragma once
 
-#include "batch.cuh"
 #include "behind.cuh"
-#include "column_statistics.cuh"
 #include "epilogue.cuh"
 #include "mainloop.cuh"
-#include "scheduler.cuh"
+#include "problem.cuh"
+#include "train_tile.cuh"
 
 #include "../pdl.cuh"
 
 namespace fxfuse::hopper {
-
-constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kColumnThreads = kWarpgroup - kWarp;
-constexpr int kProducerBarrier = 5;  // of those
-constexpr int kConsumersBarrier = BatchExchange<kWarpgroup, 2>::kBarrier;
-constexpr int kMostBatchRows = kPartialRows * BatchExchange<kWarpgroup, 2>::kMostBlocks;
-constexpr int kBehindBand = 3;  // columns of tiles, where all of them are normalised behind
-
-template <typename Mainloop, typename Writer, typename Epilogue>
-struct SharedLayout {
-  static constexpr int kStaging = Mainloop::kSharedBytes;  // after the stages
-  static constexpr int kColumns = kStaging + Mainloop::kConsumers * Writer::kSharedBytes;
-  static constexpr int kBarriers = kColumns + Mainloop::kBlockN * int(sizeof(float2));  // a column's two numbers
-  static constexpr int kColumnsFull = kBarriers + Mainloop::Pipeline::kBarrierBytes;
-  static constexpr int kColumnsEmpty = kColumnsFull + 8;
-  static constexpr int kThrough = kColumnsEmpty + 8;
-  static constexpr int kBehind = kThrough + 8;
-  static constexpr int kBytes = kBehind + int(sizeof(BehindState));
-  static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
-};
-
-// Numbers that every block needs, by value in constant memory.
-template <typename Mainloop, typename Epilogue>
-struct Problem {
-  TileOrder order;
-  int rows;      // M
-  int columns;   // N
-  int k_blocks;  // of Mainloop::kBlockK
-  int behind;    // the statistics of tiles under this one are merged behind the tensor cores (behind.cuh)
-  const void* acc;  // where those are read, and where they go
-  void* out;
-  typename Epilogue::Params epilogue;
-  typename Mainloop::Params mainloop;
-};
-
-// Column statistics of a warpgroup's rows; the staging buffers are scratch for a moment.
-template <typename Mainloop, typename Epilogue, typename Writer>
-__device__ __forceinline__ void statistics(uint8_t* storage, const float (&acc)[Mainloop::kAccumulators],
-                                           const Problem<Mainloop, Epilogue>& problem, int m, int n, int consumer,
-                                           int thread) {
-  static_assert(Writer::kSharedBytes >= 4 * Mainloop::kBlockN * int(sizeof(float2)), "the scratch is too small");
-  if (thread % kWarp == 0) tma_store_wait_read<0>();
-  named_barrier<kWarpgroup>(1 + consumer);
-  uint8_t* const scratch = storage + SharedLayout<Mainloop, Writer, Epilogue>::kStaging + consumer * Writer::kSharedBytes;
-  ColumnStatistics<Mainloop::kBlockN>::write(acc, reinterpret_cast<float2*>(scratch), problem.epilogue.partials, m, n,
-                                             problem.rows, problem.columns, thread, 1 + consumer);
-}
-
-// The rest of a block's last tile, or with a mainloop that prepares of any tile, whose epilogue needs the statistics of the
-// whole batch: from its accumulators, by batch.cuh. EXCHANGED: the tile's columns are in this round, and each block merges
-// their statistics; else the warps behind the tensor cores do. `ready` is called once the statistics are there.
-template <bool EXCHANGED, typename Mainloop, typename Epilogue, typename Writer, typename Ready>
-__device__ __forceinline__ void finish_batch(uint32_t shared, uint8_t* storage,
-                                             float (&acc)[Mainloop::kHalves][Mainloop::kAccumulators],
-                                             const Problem<Mainloop, Epilogue>& problem, const CUtensorMap* map_out,
-                                             const CUtensorMap* map_kept, const Tile& tile, int m, int n, int consumer,
-                                             int thread, const Ready& ready) {
-  using Layout = SharedLayout<Mainloop, Writer, Epilogue>;
-  using Exchange = BatchExchange<Mainloop::kBlockN, Mainloop::kConsumers>;
-  const auto& p = problem.epilogue;
-  const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
-  float2* const maps = reinterpret_cast<float2*>(storage + Layout::kColumns);
-  const int blocks = problem.order.rows * Mainloop::kCluster, one = consumer * kWarpgroup + thread;
-  const auto write = [&](auto columns, const auto& apply, const CUtensorMap* map) {
-#pragma unroll
-    for (int half = 0; half < Mainloop::kHalves; ++half)
-      Writer::template write<decltype(columns)::value>(apply, acc[half], maps, staging, map,
-                                                       m + Mainloop::row(consumer, half), n, thread);
-  };
-  if constexpr (Epilogue::kKeep) write(std::false_type{}, Identity::Apply{}, map_kept);
-  const auto normalise = [](float x, float2 c) { return fmaf(x, c.x, c.y); };
-  if constexpr (EXCHANGED) {
-    const bool records = Exchange::records(p.state, n, m / Mainloop::kBlockM, blocks, one);
-    const auto column = Exchange::finish(p.state, p.partials, p.counters.arrived(tile.n), blocks * Mainloop::kConsumers, maps,
-                                         problem.rows, n, records, one);
-    ready();
-    write(std::true_type{}, normalise, map_out);
-    if (records) p.state.record(n + one, column.known, column.before, column.moments);
-    if constexpr (Mainloop::kPrepares) named_barrier<Exchange::kThreads>(Exchange::kBarrier);  // the maps are free
-  } else {
-    Exchange::fetch(p.counters.merged(tile.n), blocks, p.maps, maps, problem.columns, n, one);
-    write(std::true_type{}, normalise, map_out);
-  }
-}
 
 template <typename Mainloop, typename Epilogue, typename Out, int BUFFERS>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -114,7 +29,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   const uint32_t shared = shared_address(storage);
   float2* const columns = reinterpret_cast<float2*>(storage + Layout::kColumns);
   const uint32_t columns_full = shared + Layout::kColumnsFull, columns_empty = shared + Layout::kColumnsEmpty;
-  const uint32_t through = shared + Layout::kThrough;  // the consumers' warps that read no more counters
+  const uint32_t through = shared + Layout::kThrough, laid = shared + Layout::kLaid;
   typename Mainloop::Pipeline ring(shared + Layout::kBarriers);
 
   const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroup, 0);
@@ -127,8 +42,13 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   BehindState* const behind = reinterpret_cast<BehindState*>(storage + Layout::kBehind);
   const Out* const written = static_cast<const Out*>(problem.acc);
   Out* const normalised = static_cast<Out*>(problem.out);
-  const BehindTiles work{problem.order, min(problem.behind, tiles - clusters), problem.behind, cluster, clusters,
-                         int(rank),     kCluster,                              problem.rows,   problem.columns};
+  const int behind_end = min(problem.behind, tiles - clusters);  // a block's last tile stays in its accumulators
+  // Read anew where it is needed: numbers kept over a product would be in memory by then.
+  const auto behind_tiles = [&] {
+    const int block = block_index();
+    return BehindTiles{problem.order,    behind_end, problem.behind, block / kCluster, clusters,
+                       block % kCluster, kCluster,   problem.rows,   problem.columns};
+  };
 
   if (threadIdx.x == 0) {
     if constexpr (kBehind) *behind = {};
@@ -139,6 +59,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
     mbarrier_init(columns_full, kColumnThreads);
     mbarrier_init(columns_empty, Mainloop::kConsumers * kWarpgroup / kWarp);
     mbarrier_init(through, Mainloop::kConsumers * kWarpgroup / kWarp);
+    mbarrier_init(laid, Mainloop::kConsumers * kWarpgroup / kWarp);
     mbarrier_init_fence();
   }
   if constexpr (kCluster == 1) __syncthreads();
@@ -149,11 +70,23 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
   if (warpgroup == 0) {
     registers_lower<kBehind ? kBehindProducerRegisters : Mainloop::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / kWarp, 0);
+    const int last = cluster + (tiles - 1 - cluster) / clusters * clusters;  // of the block's tiles
     if (warp == 0 && thread == 0) {
       for (int t = cluster; t < tiles; t += clusters) {
         const Tile tile = problem.order.at(t);
         Mainloop::produce(ring, shared, &map_a, &map_b, (tile.m * kCluster + int(rank)) * Mainloop::kBlockM,
                           tile.n * Mainloop::kBlockN, problem.k_blocks, rank);
+      }
+      if constexpr (kBehind) {
+        if constexpr (Epilogue::kKeep) {  // nobody waits for this but the end
+          using Whole = TileWriter<Out, Mainloop::kBlockN, Writer::kChunks>;
+          const Tile tile = problem.order.at(last);
+          mbarrier_wait(laid, 0);
+          for (int consumer = 0; consumer < kConsumers; ++consumer)
+            Whole::store(shared + LastTile<Mainloop, Whole>::at(ring.stage(), consumer), &map_kept,
+                         (tile.m * kCluster + int(rank)) * Mainloop::kBlockM + Mainloop::row(consumer, 0), tile.n * Mainloop::kBlockN);
+          tma_store_wait_read<0>();
+        }
       }
     } else if ((Epilogue::kColumns || Epilogue::kBatch || Mainloop::kPrepares) && warp > 0) {
       uint32_t parity = 1;  // the column numbers' memory starts free
@@ -169,7 +102,15 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
           parity ^= 1;
         }
       }
-      if constexpr (kBehind) Work::template run<300, 4, 4>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
+      if constexpr (kBehind) {
+        Work::template run<300, 8, 8>(behind_tiles(), problem.epilogue, written, normalised, behind, thread % kWarp);
+        if (last >= problem.behind) {  // what its statistics will be combined with; all other tiles have left the staging
+          auto& prepared = prepared_columns<Mainloop, Epilogue, Writer>(storage);
+          for (int i = thread - kWarp; i < Mainloop::kBlockN; i += kColumnThreads)
+            Exchange<Mainloop>::prepare(prepared, problem.epilogue.state, problem.order.at(last).n * Mainloop::kBlockN, i);
+          mbarrier_arrive(columns_full);
+        }
+      }
       if constexpr (Epilogue::kBatch) {
         named_barrier<kColumnThreads>(kProducerBarrier);
         if (warp == 1) {
@@ -183,61 +124,51 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
     const int consumer = warpgroup - 1;
     const uint32_t staging = shared + Layout::kStaging + consumer * Writer::kSharedBytes;
     uint32_t parity = 0;
-    bool sent = false;              // a tile to be normalised behind is on its way to memory
-    bool waits = Epilogue::kBatch;  // for counters
-    const auto arrived = [&] {
-      if constexpr (kBehind) {
-        // The ring keeps the warpgroups together, but not where it holds a whole product: nobody counts the next tile
-        // before all have counted this one.
-        if (problem.k_blocks <= Mainloop::kStages) named_barrier<kConsumers * kWarpgroup>(kConsumersBarrier);
-        if (!sent || thread % kWarp != 0) return;
-        tma_store_wait_all();
-        Work::stored(behind);
-      }
-    };
+    bool sent = false;  // a tile to be normalised behind is on its way to memory
     for (int t = cluster; t < tiles; t += clusters) {
       const Tile tile = problem.order.at(t);
       const int m = (tile.m * kCluster + int(rank)) * Mainloop::kBlockM;
       const int n = tile.n * Mainloop::kBlockN;
       float acc[Mainloop::kHalves][Mainloop::kAccumulators];
-      const bool left = kBehind && t < work.end;  // to the warps behind the tensor cores
+      const bool left = kBehind && t < behind_end;  // to the warps behind the tensor cores
       if constexpr (kBehind)
-        Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster, arrived);
+        Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster, [&] {
+          // The ring keeps the warpgroups together, but not where it holds a whole product: nobody counts the next tile
+          // before all have counted this one.
+          if (problem.k_blocks <= Mainloop::kStages) named_barrier<kConsumers * kWarpgroup>(kConsumersBarrier);
+          if (!sent || thread % kWarp != 0) return;
+          tma_store_wait_all();
+          Work::stored(behind);
+        });
       else
         Mainloop::consume(problem.mainloop, ring, shared, acc, m, n, problem.k_blocks, consumer, thread, t == cluster, Nothing{});
       Mainloop::repair(problem.mainloop, acc, m, n, consumer, thread);
-      if constexpr (Epilogue::kBatch) {  // under the statistics: it has long left L2, or was never there
-        const int column = n + consumer * kWarpgroup + thread;
-        if (t >= problem.behind && column < min(problem.columns, n + Mainloop::kBlockN)) problem.epilogue.state.prefetch(column);
-      }
-      if constexpr (Epilogue::kStatistics)
-        if (!left) {
+      const auto measure = [&] {
+        if constexpr (Epilogue::kStatistics) {
 #pragma unroll
           for (int half = 0; half < Mainloop::kHalves; ++half)
             statistics<Mainloop, Epilogue, Writer>(storage, acc[half], problem, m + Mainloop::row(consumer, half), n, consumer,
                                                    thread);
         }
-      if constexpr (Epilogue::kBatch) {
-        if (thread == 0 && !left) arrive_release(problem.epilogue.counters.arrived(tile.n));
+      };
+      if constexpr (kBehind) {
         sent = left;
         if (left) {
           Writer::template write<false>(Identity::Apply{}, acc[0], nullptr, staging, Epilogue::kKeep ? &map_kept : &map_out,
                                         m + Mainloop::row(consumer, 0), n, thread);
-        } else if (t < problem.behind) {
-          if constexpr (kBehind)
-            finish_batch<false, Mainloop, Epilogue, Writer>(shared, storage, acc, problem, &map_out, &map_kept, tile, m, n,
-                                                            consumer, thread, Nothing{});
         } else {
-          finish_batch<true, Mainloop, Epilogue, Writer>(shared, storage, acc, problem, &map_out, &map_kept, tile, m, n,
-                                                         consumer, thread, [&] {
-            if (t + clusters < tiles || thread % kWarp != 0) return;
-            if constexpr (kBehind)
-              if (!Work::over(work, behind)) return;
-            mbarrier_arrive(through);
-            waits = false;
-          });
+          finish_last<Out, Mainloop, Epilogue, Writer>(ring, shared, storage, acc[0], problem, &map_out, tile, m, n, consumer,
+                                                       thread, t >= problem.behind);
         }
+      } else if constexpr (Epilogue::kBatch) {
+        auto column = Exchange<Mainloop>::column(problem.epilogue.state, n, m / Mainloop::kBlockM, problem.order.rows * kCluster,
+                                                 consumer * kWarpgroup + thread);
+        measure();
+        if (thread == 0) arrive_release(problem.epilogue.counters.arrived(tile.n));
+        finish_batch<Mainloop, Epilogue, Writer>(shared, storage, acc, problem, &map_out, &map_kept, tile, column, m, n, consumer,
+                                                 thread);
       } else {
+        measure();
         if constexpr (Epilogue::kColumns) mbarrier_wait(columns_full, parity);
         Epilogue::with(problem.epilogue, [&](const auto& apply) {
 #pragma unroll
@@ -250,12 +181,8 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
       }
     }
     if (thread % kWarp == 0) tma_store_wait_read<0>();  // the end of the kernel waits for the rest
-    if constexpr (kBehind) {
-      arrived();
-      if (!__all_sync(0xffffffffu, Work::over(work, behind)))  // a warp works as a whole
-        Work::template run<50, 8, 8>(work, problem.epilogue, written, normalised, behind, thread % kWarp);
-    }
-    if (Epilogue::kBatch && thread % kWarp == 0 && waits) mbarrier_arrive(through);
+    if constexpr (kBehind) Work::template help<50, 8>(behind_tiles(), problem.epilogue.maps, written, normalised, behind, thread % kWarp);
+    else if (Epilogue::kBatch && thread % kWarp == 0) mbarrier_arrive(through);
   }
   // A block's shared memory must outlive its neighbours' multicasts and arrivals.
   if constexpr (kCluster > 1) cluster_sync();
@@ -287,9 +214,8 @@ cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epil
   if (error != cudaSuccess) return error;
 
   Problem<Mainloop, Epilogue> problem;
-  problem.order.rows = int(ceil_div<int64_t>(p.m, Mainloop::kBlockM * kCluster));
-  problem.order.columns = int(ceil_div<int64_t>(p.n, Mainloop::kBlockN));
-  problem.order.band = band;
+  const int rows = int(ceil_div<int64_t>(p.m, Mainloop::kBlockM * kCluster)), columns = int(ceil_div<int64_t>(p.n, Mainloop::kBlockN));
+  problem.order = TileOrder::by_rows(rows, columns, band);
   problem.rows = int(p.m);
   problem.columns = int(p.n);
   problem.k_blocks = int(ceil_div<int64_t>(p.k, Mainloop::kBlockK));
@@ -301,15 +227,15 @@ cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epil
   const int64_t tiles = problem.order.count();
   int64_t clusters = sm_count / kCluster;
   if constexpr (Epilogue::kBatch) {
-    if (p.m <= kMostBatchRows && problem.order.rows <= clusters) {
+    if (p.m <= kMostBatchRows && rows <= clusters) {
       // A round holds whole columns of tiles: the last one is finished from its accumulators.
-      problem.order.by_columns(1);
-      clusters -= clusters % problem.order.rows;
+      problem.order = TileOrder::by_columns(rows, columns, 1);
+      clusters -= clusters % rows;
       if (!Mainloop::kPrepares) problem.behind = int((tiles - 1) / clusters * clusters);
     } else if (Mainloop::kPrepares) {
       return cudaErrorNotSupported;
     } else {
-      problem.order.by_columns(kBehindBand);
+      problem.order = TileOrder::by_columns(rows, columns, kBehindBand);
       problem.behind = int(tiles);
     }
   }

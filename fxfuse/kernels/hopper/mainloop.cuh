@@ -84,6 +84,7 @@ struct DirectMainloop {
   // Has the copy engine bring every K block of rows m.. of A and n.. of B.
   static __device__ __forceinline__ void produce(Pipeline& ring, uint32_t shared, const CUtensorMap* a, const CUtensorMap* b,
                                                  int m, int n, int blocks, uint32_t rank) {
+#pragma unroll 1
     for (int k = 0; k < blocks; ++k, ring.advance()) {
       const uint32_t full = ring.acquire(kStageBytes);
       const uint32_t stage = shared + ring.stage() * kStageBytes;
@@ -110,6 +111,7 @@ struct DirectMainloop {
     const uint64_t b = matrix_descriptor(shared + kBytesA);
     int previous = 0;
     const auto multiply = [&](int from, int to) {
+#pragma unroll 2
       for (int k = from; k < to; ++k, ring.advance()) {
         const uint64_t offset = ring.stage() * (kStageBytes >> 4);
         ring.wait_filled();

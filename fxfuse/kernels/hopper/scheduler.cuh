@@ -10,40 +10,69 @@ struct Tile {
   int m, n;
 };
 
-// Tiles in bands of `band` rows of clusters: down a band first, then one column on. Clusters that run at the same time then
-// cover a nearly square part of the result, and read the fewest distinct rows of A and B.
-//
-// With `wide` >= 0 the bands are columns, taken row by row, so that whole columns of the result are complete long before the
-// end: the first `wide` bands have `band` columns, the others one less. Every other band goes upwards: what it reads of A
-// first is what the one before read last.
-struct TileOrder {
-  int rows, columns;  // of cluster tiles
-  int band;
-  int wide = -1;
+// n / divisor for 0 <= n < 2^31, in two instructions (Granlund, Montgomery 1994): every warp of a block asks for tiles, and
+// the hardware's division takes twenty.
+struct Divider {
+  int divisor = 1;
+  uint32_t factor = 1u << 31;
+  int shift = 31;
 
-  // Columns in as few bands as `most` columns each allow, of nearly the same width.
-  __host__ void by_columns(int most) {
-    const int bands = (columns + most - 1) / most;
-    band = columns / bands + 1;
-    wide = columns % bands;
+  Divider() = default;
+  __host__ explicit Divider(int by) : divisor(by) {
+    while ((int64_t(1) << (shift - 31)) < by) ++shift;
+    factor = uint32_t(((uint64_t(1) << shift) + by - 1) / by);
   }
+  __device__ __forceinline__ int operator()(int n) const { return int(uint64_t(uint32_t(n)) * factor >> shift); }
+};
+
+// The result in bands of lines, which are rows of clusters or columns of tiles: a band's lines one after the other, then one
+// tile on along them. Clusters that run at the same time then cover a nearly square part of the result, and read the fewest
+// distinct rows of A and B.
+//
+// With columns, whole columns of the result are complete long before the end. Every other band then goes upwards: what it
+// reads of A first is what the one before read last.
+class TileOrder {
+ public:
+  int rows = 0, columns = 0;  // of cluster tiles
+
+  TileOrder() = default;
+  // Bands of `most` rows; the last has what is left.
+  static __host__ TileOrder by_rows(int rows, int columns, int most) {
+    return TileOrder(rows, columns, false, {most, rows / most}, rows % most);
+  }
+  // Columns in as few bands as `most` columns each allow, of nearly the same width, the wide ones first.
+  static __host__ TileOrder by_columns(int rows, int columns, int most) {
+    const int bands = (columns + most - 1) / most;
+    return TileOrder(rows, columns, true, {columns / bands + 1, columns % bands}, columns / bands);
+  }
+
   __host__ __device__ int64_t count() const { return int64_t(rows) * columns; }
   __device__ __forceinline__ Tile at(int index) const {
-    if (wide < 0) {
-      const int per_band = band * columns;
-      const int first = index / per_band * band;
-      const int inside = index % per_band;
-      const int height = min(band, rows - first);
-      return {first + inside % height, inside / height};
-    }
-    const int before = wide * band * rows;  // tiles of the wide bands
-    const int width = index < before ? band : band - 1;
-    const int from = index < before ? index : index - before;
-    const int turn = from / (width * rows), inside = from % (width * rows);
-    const int n = (index < before ? 0 : wide * band) + turn * width + inside % width;
-    const int m = inside / width;
-    return {(index < before ? turn : wide + turn) % 2 == 0 ? m : rows - 1 - m, n};
+    const bool late = index >= early_.tiles;
+    const Bands bands = late ? late_ : early_;
+    const int from = late ? index - early_.tiles : index, turn = bands.band(from), inside = from - turn * bands.band.divisor;
+    const int along = bands.line(inside), line = bands.first + turn * bands.line.divisor + inside - along * bands.line.divisor;
+    if (!upright_) return {line, along};
+    return {(bands.turns_before + turn) % 2 == 0 ? along : rows - 1 - along, line};
   }
+
+ private:
+  struct Width {
+    int lines, bands;
+  };
+  // Bands of one width: those of the larger, then those of the smaller.
+  struct Bands {
+    Divider band, line;  // tiles of a band, lines of one
+    int tiles = 0, first = 0, turns_before = 0;
+  };
+  __host__ TileOrder(int rows, int columns, bool upright, Width early, int late) : rows(rows), columns(columns), upright_(upright) {
+    const int length = upright ? rows : columns;  // of a line
+    early_ = {Divider(early.lines * length), Divider(early.lines), early.bands * early.lines * length, 0, 0};
+    if (late > 0) late_ = {Divider(late * length), Divider(late), 0, early.bands * early.lines, early.bands};
+  }
+
+  bool upright_ = false;
+  Bands early_, late_;
 };
 
 }  // namespace fxfuse::hopper
