@@ -164,7 +164,7 @@ def _time_held(held: dict[str, tuple[Step, int]], rows: dict[str, Row], effort: 
     """Time the graphs at hand together, and let go of them."""
     try:
         steps = {name: replay for name, (replay, _) in held.items()}
-        times = time_together(steps, effort.device, rounds=max(5, effort.rounds // 2)) if steps else {}
+        times = time_together(steps, effort.device, rounds=max(5, effort.rounds)) if steps else {}
         for name, timing in times.items():
             rows[name]["gpu_ms"] = timing.median_ms / held[name][1]
             rows[name]["gpu_spread"] = timing.spread

@@ -2,12 +2,14 @@
 
 CUDA: events around a group of calls in the middle of a loop, as in training: one call goes before the clock starts, so
 that the host is as far ahead of the GPU as it gets, and host time counts only where the GPU has to wait for it.
-CPU: `time.perf_counter`. Each round times every callable once, beginning with another one each round.
+CPU: `time.perf_counter`. Each round times every callable once, in an order drawn anew: a GPU at the limit of its power
+is slower after one that drew much than after one that drew little, so nobody must always follow the same one.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -106,7 +108,7 @@ def time_together(
     for r in range(max(3, rounds)):
         if r >= 3 and time.perf_counter() > deadline:
             break
-        for name in names[r % len(names) :] + names[: r % len(names)]:
+        for name in random.sample(names, len(names)):
             samples[name].append(clock.group_ms(steps[name], group[name]) / group[name])
         on_round()
     return {name: Timing.of(samples[name], group[name]) for name in steps}
