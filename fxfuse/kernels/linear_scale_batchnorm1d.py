@@ -176,8 +176,7 @@ def train(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """A training step in one kernel: (out [M, N], acc or None, saved [3, N]), where ``gemm.why_not_product`` is None
-    and ``one_kernel`` holds. ``keep``: whether the bare product acc is wanted for the backward pass. The statistics are
-    of acc rounded to x's dtype, as memory and eager have it: in 16 bits they want more than a handful of rows.
+    and ``one_kernel`` holds. ``keep``: whether the bare product acc is wanted for the backward pass.
 
     None, and nothing done, where the device has no room for all of its blocks at once (part of it is set aside).
     """

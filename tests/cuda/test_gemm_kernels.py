@@ -156,7 +156,7 @@ def test_product_statistics(m, n, k, dtype, offset):
         assert error(m2, (want - want.mean(0)).square().sum(0)) < (5e-3 if dtype == torch.float32 else 1e-4)
 
 
-ONE_ROUND = [(1024, 8192, 256), (1023, 4104, 1096), (1000, 520, 328), (77, 264, 40), (513, 1032, 8), (64, 64, 64)]
+ONE_ROUND = [(1024, 8192, 256), (1023, 4104, 1096), (1000, 520, 328), (77, 264, 40), (513, 1032, 8), (2, 64, 64)]
 BEHIND = [(1024, 16384, 72), (900, 16648, 520), (640, 8200, 2056), (1025, 264, 40), (3000, 1032, 200),
           (4096, 4096, 512), (16400, 2056, 136), (70000, 64, 16)]  # fmt: skip
 
@@ -180,6 +180,23 @@ def test_train_in_one_kernel(m, n, k, keep, dtype):
     if keep:
         assert error(acc, product) <= 1.25 * error(x @ weight.T, product) + LEAST[dtype]
     assert torch.equal(lsb.train(x, weight, c, None, None, 0.3, keep)[0], out), "not deterministic"
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("m", [300, 1024, 3000])
+def test_columns_of_less_spread_than_rounding(m, keep, dtype):
+    """Rounding leaves nothing of such columns, or two values; they are normalised by what is left, as eager's are."""
+    n, k = 2048, 128
+    fine = torch.finfo(dtype).eps  # of numbers from 8 to 16, an eighth of what two neighbours differ by
+    x, weight = randn(m, k, dtype=dtype) * fine / k**0.5, randn(n, k, dtype=dtype)
+    x[:, :2], weight[:, 0], weight[:, 1] = 1, 9 + 6 * torch.rand(n), 8 * fine * torch.rand(n)
+    c, running = columns(n, dtype), (torch.zeros(n, device="cuda"), torch.ones(n, device="cuda"))
+    want = batch_norm(x.double() @ weight.double().T, c, running, True, 0.3, torch.float64)
+    eager = batch_norm(F.linear(x, weight), c, running, True, 0.3, torch.float32).to(dtype)
+    out, *_ = lsb.train(x, weight, c, None, None, 0.3, keep)
+    assert error(out, want) <= 1.25 * error(eager, want) + LEAST[dtype]
 
 
 @pytest.mark.parametrize(("dtype", "out_dtype"), [*((d, d) for d in DTYPES), *((d, torch.float32) for d in HALF)])

@@ -180,7 +180,9 @@ class Behind {
     } else if (turn < min(ready, load_shared(&state->normalisable))) {
       if (claim(&state->normalised, unit)) return unit * kKinds + kNormalise;
     } else {
-      return expects(tiles, state, part) && atomicCAS_block(&state->looking, 0, 1) == 0 ? kLook : kNap;
+      if (!expects(tiles, state, part) || atomicCAS_block(&state->looking, 0, 1) != 0) return kNap;
+      __threadfence_block();  // and what the one before has found
+      return kLook;
     }
     return kNap;
   }
@@ -204,9 +206,9 @@ class Behind {
     }
     const unsigned found = __ballot_sync(0xffffffffu, there);
     const int shares = __ffs(~found) - 1, turns = __ffs(~(found >> kWarp / 2)) - 1;
-    __threadfence_block();
     __syncwarp();
     if (lane == 0) {
+      __threadfence_block();  // what any lane has seen comes first
       if (shares > 0) atomicAdd_block(&state->mergeable, shares);
       if (turns > 0) atomicAdd_block(&state->normalisable, turns);
       __threadfence_block();

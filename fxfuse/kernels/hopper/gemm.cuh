@@ -104,6 +104,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
       }
       if constexpr (kBehind) {
         Work::template run<300, 8, 8>(behind_tiles(), problem.epilogue, written, normalised, behind, thread % kWarp);
+        named_barrier<kColumnThreads>(kProducerBarrier);
         if (last >= problem.behind) {  // what its statistics will be combined with; all other tiles have left the staging
           auto& prepared = prepared_columns<Mainloop, Epilogue, Writer>(storage);
           for (int i = thread - kWarp; i < Mainloop::kBlockN; i += kColumnThreads)
@@ -225,6 +226,7 @@ cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epil
   problem.out = p.out;
   problem.mainloop = Mainloop::params(p);
   const int64_t tiles = problem.order.count();
+  if (Epilogue::kBatch && p.m > kMostTrainRows) return cudaErrorNotSupported;
   int64_t clusters = sm_count / kCluster;
   if constexpr (Epilogue::kBatch) {
     if (p.m <= kMostBatchRows && rows <= clusters) {

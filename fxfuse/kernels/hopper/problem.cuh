@@ -8,6 +8,7 @@ namespace fxfuse::hopper {
 
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kColumnThreads = kWarpgroup - kWarp;
+constexpr int64_t kMostTrainRows = int64_t(1) << 30;  // whose numbers are exact enough, and ints
 constexpr int kBehindBand = 3;  // columns of tiles, where all of them are normalised behind
 
 template <typename Mainloop, typename Writer, typename Epilogue>

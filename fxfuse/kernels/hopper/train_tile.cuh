@@ -9,9 +9,13 @@
 
 namespace fxfuse::hopper {
 
-// With a column's slope and shift.
+// With a column's slope and shift. What was measured is what is normalised, as Out has it: a column that rounding leaves hardly
+// any spread would else be off by rounding's error, times one over that spread.
+template <typename Out>
 struct Normalise {
-  __device__ __forceinline__ float operator()(float x, float2 column) const { return fmaf(x, column.x, column.y); }
+  __device__ __forceinline__ float operator()(float x, float2 column) const {
+    return fmaf(to_float(from_float<Out>(x)), column.x, column.y);
+  }
 };
 
 // Column statistics of a warpgroup's rows; the staging buffers are scratch for a moment.
@@ -52,7 +56,7 @@ __device__ __forceinline__ void finish_batch(uint32_t shared, uint8_t* storage,
   };
   if constexpr (Epilogue::kKeep) write(std::false_type{}, Identity::Apply{}, map_kept);
   Exchange<Mainloop>::finish(column, p.state, p.partials, p.counters.arrived(tile.n), warpgroups, maps, problem.rows, n, one);
-  write(std::true_type{}, Normalise{}, map_out);
+  write(std::true_type{}, Normalise<float>{}, map_out);
   Exchange<Mainloop>::record(column, p.state, n, one);
   named_barrier<Exchange<Mainloop>::kThreads>(kConsumersBarrier);  // the maps are free
 }
@@ -140,8 +144,8 @@ __device__ __forceinline__ void finish_last(const typename Mainloop::Pipeline& r
     Exchange<Mainloop>::fetch(p.counters.merged(tile.n), blocks, p.maps, maps, problem.columns, n, one);
   }
   if (thread % kWarp == 0) mbarrier_arrive(shared + Layout::kThrough);  // reads no more counters
-  if constexpr (!Epilogue::kKeep) Whole::template write<true>(Normalise{}, acc, maps, shared + tile_at, map_out, first, n, thread);
-  else Writer::template write<true>(Normalise{}, acc, maps, staging, map_out, first, n, thread);
+  if constexpr (!Epilogue::kKeep) Whole::template write<true>(Normalise<Out>{}, acc, maps, shared + tile_at, map_out, first, n, thread);
+  else Writer::template write<true>(Normalise<Out>{}, acc, maps, staging, map_out, first, n, thread);
   Exchange<Mainloop>::record(column, p.state, n, one);
 }
 
