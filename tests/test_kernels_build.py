@@ -93,6 +93,25 @@ def one_warning(about: str) -> loader.Library | None:
     return found
 
 
+#: Serialized, for the accumulators are read before they are waited for.
+SERIALIZED = r"""
+#include <cstdint>
+__global__ void f(float* out, uint64_t a, uint64_t b) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  float d[4] = {};
+  asm volatile("wgmma.fence.sync.aligned;");
+  for (int i = 0; i < 2; ++i) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+    asm volatile("wgmma.commit_group.sync.aligned;");
+    d[0] += 1.f;
+  }
+  asm volatile("wgmma.wait_group.sync.aligned 0;");
+  for (int i = 0; i < 4; ++i) out[i] = d[i];
+#endif
+}
+"""
+
 # --- the real compiler ------------------------------------------------------------------------------------------------
 
 
@@ -115,8 +134,18 @@ def test_all_sources_build_into_one_library_for_both_targets(monkeypatch: pytest
     assert found is not None, loader.why_unavailable()
     record = json.loads((found.path.parent / build.RECORD).read_text())
     assert all(any(target in made for made in record["targets"]) for target in ("sm_80", "sm_90a", "compute_80"))
+    assert not record.get("serialized"), "ptxas found too few registers for a product's pipeline"
     for name in ("kl_div_forward", "kl_div_backward", "distillation_kl", "scale_unless_one"):
         found.function(f"fxfuse_{name}", [])  # AttributeError where it is missing
+
+
+@needs_nvcc
+def test_products_that_wait_for_each_other_are_seen(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An accumulator that is read between two wgmma instructions, before the first is waited for."""
+    (tmp_path / "slow.cu").write_text(SERIALIZED)
+    build.build(tmp_path / "out" / "entry", progress=None, kernels=tmp_path)
+    assert json.loads((tmp_path / "out" / "entry" / build.RECORD).read_text())["serialized"] == ["slow.cu"]
+    assert "slow.cu: ptxas has" in capfd.readouterr().err
 
 
 @needs_nvcc

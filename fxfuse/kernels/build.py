@@ -119,7 +119,7 @@ def build(folder: Path, *, progress: Progress | None = show_progress, kernels: P
         work = Path(name)
         fresh = work / "entry"
         fresh.mkdir(mode=0o755)
-        objects = _compile(nvcc, files, work, progress)
+        objects, serialized = _compile(nvcc, files, work, progress)
         library = fresh / LIBRARY
         _run([nvcc, *LINK_FLAGS, "-o", str(library), *map(str, objects)], work, "linking")
         record = {
@@ -127,6 +127,7 @@ def build(folder: Path, *, progress: Progress | None = show_progress, kernels: P
             "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
             "nvcc": version,
             "targets": TARGETS,
+            "serialized": serialized,
         }
         (fresh / RECORD).write_text(json.dumps(record, indent=1))
         if folder.exists():
@@ -137,7 +138,8 @@ def build(folder: Path, *, progress: Progress | None = show_progress, kernels: P
     return folder / LIBRARY
 
 
-def _compile(nvcc: str, files: list[Path], work: Path, progress: Progress | None) -> list[Path]:
+def _compile(nvcc: str, files: list[Path], work: Path, progress: Progress | None) -> tuple[list[Path], list[str]]:
+    """The object files, and those of the sources in which a kernel's tensor-core instructions were serialized."""
     targets = [f"-gencode={target}" for target in TARGETS]
     if tuple(int(part) for part in nvcc_version(nvcc).split(".")[:2]) >= COMPRESSES:
         targets.append(COMPRESSED)
@@ -145,8 +147,13 @@ def _compile(nvcc: str, files: list[Path], work: Path, progress: Progress | None
         targets.append(f"--threads={len(TARGETS)}")
     objects = [work / f"{path.stem}.o" for path in files]
 
+    serialized: list[str] = []
+
     def compile_one(path: Path, out: Path) -> str:
-        _run([nvcc, *FLAGS, *targets, "-c", "-o", str(out), str(path)], work, path.name)
+        said = _run([nvcc, *FLAGS, *targets, "-c", "-o", str(out), str(path)], work, path.name)
+        if waits_for_each_product(said):
+            serialized.append(path.name)
+            print(f"fxfuse: {path.name}: ptxas has a kernel's wgmma instructions wait for each other", file=sys.stderr)
         return path.name
 
     if progress:
@@ -161,12 +168,18 @@ def _compile(nvcc: str, files: list[Path], work: Path, progress: Progress | None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return objects
+    return objects, sorted(serialized)
 
 
-def _run(command: list[str], work: Path, what: str) -> None:
+def waits_for_each_product(said: str) -> bool:
+    """Whether ptxas could not let a kernel's wgmma instructions overlap (C7510 and its like): right, but slow."""
+    return any("wgmma" in line and "serialized" in line for line in said.splitlines())
+
+
+def _run(command: list[str], work: Path, what: str) -> str:
     # TMPDIR: nvcc's intermediate files go where the temporary folder is cleaned up.
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(work)}, check=False)
     if done.returncode:
         lines = (done.stderr + done.stdout).strip().splitlines()
         raise BuildError(f"{what} failed ({command[0]} exited with {done.returncode}):\n" + "\n".join(lines[-12:]))
+    return done.stderr + done.stdout
