@@ -118,8 +118,7 @@ class Behind {
     }
   }
 
-  // Normalises beside the warps that `run` until all of it is taken. A few hundred instructions, where `run` has thousands:
-  // at a block's end they are read from memory for the first time.
+  // Normalises beside the warps that `run` until all of it is taken: what is left at a block's end, with little to find out.
   template <unsigned NAP, int NORMALISE>
   static __device__ __forceinline__ void help(const BehindTiles& tiles, const float2* maps, const Out* acc, Out* out,
                                               BehindState* state, int lane) {
