@@ -93,6 +93,8 @@ def one_warning(about: str) -> loader.Library | None:
     return found
 
 
+# --- the real compiler ------------------------------------------------------------------------------------------------
+
 #: Serialized, for the accumulators are read before they are waited for.
 SERIALIZED = r"""
 #include <cstdint>
@@ -111,8 +113,6 @@ __global__ void f(float* out, uint64_t a, uint64_t b) {
 #endif
 }
 """
-
-# --- the real compiler ------------------------------------------------------------------------------------------------
 
 
 @needs_nvcc

@@ -19,7 +19,6 @@ PROGRAM = r"""
 #include "hopper/scheduler.cuh"
 
 #include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 using namespace fxfuse::hopper;

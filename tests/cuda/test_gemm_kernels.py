@@ -191,8 +191,10 @@ def test_columns_of_less_spread_than_rounding(m, keep, dtype):
     n, k = 2048, 128
     fine = torch.finfo(dtype).eps  # of numbers from 8 to 16, an eighth of what two neighbours differ by
     x, weight = randn(m, k, dtype=dtype) * fine / k**0.5, randn(n, k, dtype=dtype)
-    x[:, :2], weight[:, 0], weight[:, 1] = 1, 9 + 6 * torch.rand(n), 8 * fine * torch.rand(n)
-    c, running = columns(n, dtype), (torch.zeros(n, device="cuda"), torch.ones(n, device="cuda"))
+    x[:, :2] = 1
+    weight[:, 0] = 9 + 6 * torch.rand(n, device="cuda")
+    weight[:, 1] = 8 * fine * torch.rand(n, device="cuda")  # between two neighbours
+    c, running = columns(n, dtype, eps=1e-7), (torch.zeros(n, device="cuda"), torch.ones(n, device="cuda"))
     want = batch_norm(x.double() @ weight.double().T, c, running, True, 0.3, torch.float64)
     eager = batch_norm(F.linear(x, weight), c, running, True, 0.3, torch.float32).to(dtype)
     out, *_ = lsb.train(x, weight, c, None, None, 0.3, keep)

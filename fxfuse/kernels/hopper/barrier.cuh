@@ -65,14 +65,14 @@ __device__ __forceinline__ void named_barrier_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
 }
 
+// --- cluster ------------------------------------------------------------------------------------------------------------
+
+// blockIdx.x, read at this place and not kept from an earlier one.
 __device__ __forceinline__ int block_index() {
   int block;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
   return block;
 }
-
-// --- cluster ------------------------------------------------------------------------------------------------------------
-
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
