@@ -12,3 +12,12 @@ FXFUSE_API int fxfuse_compute_capability(int* out, int device) {
   *out = fxfuse::compute_capability(*props);
   return 0;
 }
+
+// The number of the capture that a stream is in, 0 where it is in none.
+FXFUSE_API int fxfuse_capture(void* stream, unsigned long long* number) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  *number = 0;
+  FXFUSE_CHECK(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, number));
+  if (status != cudaStreamCaptureStatusActive) *number = 0;
+  return 0;
+}
