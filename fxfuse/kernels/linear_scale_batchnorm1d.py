@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import gemm
-from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, NOT_SUPPORTED, PTR, pointer, stream
+from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, NOT_SUPPORTED, PTR, allocate, pointer, stream
 from fxfuse.kernels.counters import counters_of
 from fxfuse.kernels.loader import KernelError, library
 
 __all__ = [
-    "SMALL_ELEMENTS", "SMALL_ROWS", "Columns", "Gradients", "backward", "eval_apply", "eval_product", "one_kernel",
-    "train", "train_apply", "train_product",
+    "PRODUCT_ROWS", "SMALL_ELEMENTS", "SMALL_ROWS", "Columns", "Gradients", "backward", "backward_scratch",
+    "call_train", "counters_for", "eval_apply", "eval_product", "functions", "one_kernel", "train", "train_apply",
+    "train_product", "vector",
 ]  # fmt: skip
 
 _NAME = "fxfuse_linear_scale_batchnorm1d_"
@@ -25,7 +26,7 @@ _ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
 SMALL_ROWS = 1024  # kSmallRows: up to here statistics and normalisation can be one launch
 SMALL_ELEMENTS = 1 << 20  # ... and up to here that is the quicker way
 _TOO_LARGE_TO_COOPERATE = 720  # cudaErrorCooperativeLaunchTooLarge
-_PRODUCT_ROWS = 64  # rows of a partial that the Hopper GEMM writes
+PRODUCT_ROWS = 64  # rows of a partial that the Hopper GEMM writes
 
 #: How a batch's statistics reached ``train_apply``: (partials [blocks, N, 2], rows of a block); None: not computed yet.
 Partials = tuple[Tensor, int] | None
@@ -45,7 +46,7 @@ class Columns(NamedTuple):
     def arguments(self) -> tuple[Any, ...]:
         bias, scale, divisor, alpha, weight, shift, eps = self
         return (
-            *_vector(bias), *_vector(scale), *_vector(divisor), alpha, *_vector(weight), *_vector(shift), eps
+            *vector(bias), *vector(scale), *vector(divisor), alpha, *vector(weight), *vector(shift), eps
         )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ class Gradients(NamedTuple):
     scale: Tensor | None
 
 
-def _vector(t: Tensor | None) -> tuple[int | None, int]:
+def vector(t: Tensor | None) -> tuple[int | None, int]:
     """Pointer and code of a contiguous vector or single number; the caller keeps the tensor alive."""
     if t is None:
         return None, 0
@@ -80,22 +81,22 @@ class _Functions(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def _functions() -> _Functions:
+def functions() -> _Functions:
     found = library()
     assert found is not None, "asked for before the kernels were there"
-    vector = [PTR, INT]
-    columns = [*vector, *vector, *vector, FLOAT, *vector, *vector, FLOAT]
+    one = [PTR, INT]
+    columns = [*one, *one, *one, FLOAT, *one, *one, FLOAT]
     end = [INT, PTR]
     return _Functions(
-        found.function(_NAME + "eval", [PTR] * 3 + [I64] * 5 + columns + vector * 2 + [INT] * 3 + end),
+        found.function(_NAME + "eval", [PTR] * 3 + [I64] * 5 + columns + one * 2 + [INT] * 3 + end),
         found.function(_NAME + "product", [PTR] * 4 + [I64] * 5 + [INT] * 2 + end),
-        found.function(_NAME + "train", [PTR] * 9 + [I64] * 5 + columns + vector * 2 + [FLOAT, INT, INT] + end),
-        found.function(_NAME + "eval_apply", [PTR] * 2 + [I64] * 2 + columns + vector * 2 + [INT, INT] + end),
+        found.function(_NAME + "train", [PTR] * 9 + [I64] * 5 + columns + one * 2 + [FLOAT, INT, INT] + end),
+        found.function(_NAME + "eval_apply", [PTR] * 2 + [I64] * 2 + columns + one * 2 + [INT, INT] + end),
         found.function(_NAME + "block_rows", [I64, PTR]),
         found.function(_NAME + "statistics", [PTR] * 2 + [I64] * 2 + [INT] + end),
         found.function(
             _NAME + "train_apply",
-            [PTR] * 3 + [I64] + [PTR] * 2 + [I64] * 2 + columns + vector * 2 + [FLOAT] + [INT, INT] + end,
+            [PTR] * 3 + [I64] + [PTR] * 2 + [I64] * 2 + columns + one * 2 + [FLOAT] + [INT, INT] + end,
         ),
         found.function(_NAME + "backward", [PTR] * 10 + [I64] * 2 + columns + [INT, INT] + end),
         found.function(_NAME + "backward_scratch", [I64, I64, INT, INT, INT, INT, PTR]),
@@ -106,17 +107,17 @@ def _functions() -> _Functions:
 def block_rows(rows: int) -> int:
     """Rows of a partial of the reducing passes (reduction_rows in the source)."""
     found = I64()
-    _functions().block_rows(rows, ctypes.addressof(found))
+    functions().block_rows(rows, ctypes.addressof(found))
     return found.value
 
 
 @functools.lru_cache(maxsize=4096)
-def _backward_scratch(
+def backward_scratch(
     rows: int, columns: int, aligned: bool, dtype: torch.dtype, grad_dtype: torch.dtype, device: int
 ) -> int:
     """Float pairs of scratch for ``backward``; 0 where all of it is one launch."""
     found = I64()
-    _functions().backward_scratch(
+    functions().backward_scratch(
         rows, columns, aligned, DTYPE_CODE[dtype], DTYPE_CODE[grad_dtype], device, ctypes.addressof(found)
     )
     return found.value
@@ -126,12 +127,11 @@ def eval_product(x: Tensor, weight: Tensor, c: Columns, mean: Tensor, var: Tenso
     """The op in evaluation in one kernel: out [M, N], where ``gemm.why_not_product`` is None."""
     a, b = gemm.rows(x), gemm.rows(weight)
     assert a is not None and b is not None
-    out = torch.empty(x.size(0), weight.size(0), dtype=out_dtype, device=x.device)
-    device = x.device.index
-    _functions().eval(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.size(0), weight.size(0), weight.size(1), a[1], b[1],
-        *c.arguments(), *_vector(mean), *_vector(var), gemm.ieee(x), DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype],
-        device, stream(device),
+    m, n, device = x.size(0), weight.size(0), x.get_device()
+    out = allocate((m, n), (n, 1), out_dtype, device)
+    functions().eval(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), m, n, weight.size(1), a[1], b[1], *c.arguments(),
+        *vector(mean), *vector(var), gemm.ieee(x), DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], device, stream(device),
     )  # fmt: skip
     return out
 
@@ -139,8 +139,8 @@ def eval_product(x: Tensor, weight: Tensor, c: Columns, mean: Tensor, var: Tenso
 def eval_apply(acc: Tensor, c: Columns, mean: Tensor, var: Tensor, out: Tensor) -> Tensor:
     """The same on a finished product acc [M, N] without bias; out may be acc."""
     device = acc.device.index
-    _functions().eval_apply(
-        acc.data_ptr(), out.data_ptr(), *acc.shape, *c.arguments(), *_vector(mean), *_vector(var),
+    functions().eval_apply(
+        acc.data_ptr(), out.data_ptr(), *acc.shape, *c.arguments(), *vector(mean), *vector(var),
         DTYPE_CODE[acc.dtype], DTYPE_CODE[out.dtype], device, stream(device),
     )  # fmt: skip
     return out
@@ -150,15 +150,14 @@ def train_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Partials]:
     """acc = x weight^T and its columns' statistics in one kernel, where ``gemm.why_not_product`` is None."""
     a, b = gemm.rows(x), gemm.rows(weight)
     assert a is not None and b is not None
-    m, n = x.size(0), weight.size(0)
-    acc = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    partials = torch.empty(-(-m // _PRODUCT_ROWS), n, 2, dtype=torch.float32, device=x.device)
-    device = x.device.index
-    _functions().product(
+    m, n, device = x.size(0), weight.size(0), x.get_device()
+    acc = allocate((m, n), (n, 1), x.dtype, device)
+    partials = allocate((-(-m // PRODUCT_ROWS), n, 2), (2 * n, 2, 1), torch.float32, device)
+    functions().product(
         x.data_ptr(), weight.data_ptr(), acc.data_ptr(), partials.data_ptr(), m, n, weight.size(1), a[1], b[1],
         gemm.ieee(x), DTYPE_CODE[x.dtype], device, stream(device),
     )  # fmt: skip
-    return acc, (partials, _PRODUCT_ROWS)
+    return acc, (partials, PRODUCT_ROWS)
 
 
 def one_kernel(x: Tensor, out_dtype: torch.dtype) -> bool:
@@ -209,7 +208,7 @@ def _train_arguments(
     x: Tensor, c: Columns, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Any, ...]:
     return (
-        *c.arguments(), *_vector(running_mean), *_vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype]
+        *c.arguments(), *vector(running_mean), *vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype]
     )  # fmt: skip
 
 
@@ -218,25 +217,36 @@ def _train(
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     a, b = gemm.rows(x), gemm.rows(weight)
     assert a is not None and b is not None
-    m, n, device = x.size(0), weight.size(0), x.device.index
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    acc = torch.empty_like(out) if keep else None
-    blocks = -(-m // _PRODUCT_ROWS)
+    m, n, device = x.size(0), weight.size(0), x.get_device()
+    out = allocate((m, n), (n, 1), x.dtype, device)
+    acc = allocate((m, n), (n, 1), x.dtype, device) if keep else None
+    blocks = -(-m // PRODUCT_ROWS)
     pairs = (blocks + 1) * n  # partials, and the columns' maps
-    scratch = torch.empty(2 * pairs, dtype=torch.float32, device=x.device)
-    saved = torch.empty(3, n, dtype=torch.float32, device=x.device)
+    scratch = allocate((2 * pairs,), (1,), torch.float32, device)
+    saved = allocate((3, n), (n, 1), torch.float32, device)
     partials, queue = scratch.data_ptr(), stream(device)
-    counters = counters_of(x.device, queue, 1 + 2 * -(-n // 128))
+    counters = counters_of(x.device, queue, counters_for(n))
+    done = call_train(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
+        counters.data_ptr(), saved.data_ptr(), batches, m, n, weight.size(1), a[1], b[1], *arguments, device, queue,
+    )  # fmt: skip
+    return (out, acc, saved) if done else None
+
+
+def call_train(*args: Any) -> bool:
+    """The kernel itself; False, and nothing done, where not all of its blocks have room at once, or on no Hopper."""
     try:
-        _functions().train(
-            x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
-            counters.data_ptr(), saved.data_ptr(), batches, m, n, weight.size(1), a[1], b[1], *arguments, device, queue,
-        )  # fmt: skip
+        functions().train(*args)
     except KernelError as error:
         if error.code not in (_TOO_LARGE_TO_COOPERATE, NOT_SUPPORTED):
             raise
-        return None
-    return out, acc, saved
+        return False
+    return True
+
+
+def counters_for(columns: int) -> int:
+    """How many counters ``train`` is given."""
+    return 1 + 2 * -(-columns // 128)
 
 
 def train_apply(
@@ -254,18 +264,18 @@ def train_apply(
     and what rounding left out of the mean.
     """
     rows, columns = acc.shape
-    device, dtype = acc.device.index, DTYPE_CODE[acc.dtype]
-    saved = torch.empty(3, columns, dtype=torch.float32, device=acc.device)
+    device, dtype = acc.get_device(), DTYPE_CODE[acc.dtype]
+    saved = allocate((3, columns), (columns, 1), torch.float32, device)
     if partials is None and (rows > SMALL_ROWS or acc.numel() > SMALL_ELEMENTS):
         step = block_rows(rows)
-        scratch = torch.empty(-(-rows // step), columns, 2, dtype=torch.float32, device=acc.device)
-        _functions().statistics(acc.data_ptr(), scratch.data_ptr(), rows, columns, dtype, device, stream(device))
+        scratch = allocate((-(-rows // step), columns, 2), (2 * columns, 2, 1), torch.float32, device)
+        functions().statistics(acc.data_ptr(), scratch.data_ptr(), rows, columns, dtype, device, stream(device))
         partials = scratch, step
-    maps = None if partials is None else torch.empty(3, columns, dtype=torch.float32, device=acc.device)
-    _functions().train_apply(
+    maps = None if partials is None else allocate((3, columns), (columns, 1), torch.float32, device)
+    functions().train_apply(
         acc.data_ptr(), out.data_ptr(), None if partials is None else partials[0].data_ptr(),
         0 if partials is None else partials[1], pointer(maps), saved.data_ptr(), rows, columns, *c.arguments(),
-        *_vector(running_mean), *_vector(running_var), momentum, dtype, DTYPE_CODE[out.dtype], device, stream(device),
+        *vector(running_mean), *vector(running_var), momentum, dtype, DTYPE_CODE[out.dtype], device, stream(device),
     )  # fmt: skip
     return saved
 
@@ -280,22 +290,21 @@ def backward(
     """
     rows, columns = acc.shape
     grad = grad.contiguous()
-    device = acc.device
+    device = acc.get_device()
     aligned = grad.data_ptr() % 16 == 0 and acc.data_ptr() % 16 == 0
-    pairs = _backward_scratch(rows, columns, aligned, acc.dtype, grad.dtype, device.index)
-    scratch = torch.empty(2 * pairs, dtype=torch.float32, device=device) if pairs else None
+    pairs = backward_scratch(rows, columns, aligned, acc.dtype, grad.dtype, device)
+    scratch = allocate((2 * pairs,), (1,), torch.float32, device) if pairs else None
     found = Gradients(
         torch.empty_like(acc),
         torch.empty_like(c.weight) if weight and c.weight is not None else None,
         torch.empty_like(c.shift) if shift and c.shift is not None else None,
         torch.empty_like(c.bias) if bias and c.bias is not None else None,
-        torch.empty(columns, dtype=torch.float32, device=device) if s else None,
+        allocate((columns,), (1,), torch.float32, device) if s else None,
         torch.empty_like(c.scale) if scale and c.scale is not None else None,
     )
-    index = device.index
-    _functions().backward(
+    functions().backward(
         grad.data_ptr(), acc.data_ptr(), saved.data_ptr(), found.acc.data_ptr(), pointer(scratch),
         pointer(found.weight), pointer(found.shift), pointer(found.bias), pointer(found.s), pointer(found.scale),
-        rows, columns, *c.arguments(), DTYPE_CODE[acc.dtype], DTYPE_CODE[grad.dtype], index, stream(index),
+        rows, columns, *c.arguments(), DTYPE_CODE[acc.dtype], DTYPE_CODE[grad.dtype], device, stream(device),
     )  # fmt: skip
     return found

@@ -36,6 +36,7 @@ from fxfuse.kernels import linear_scale_batchnorm1d as kernels
 from fxfuse.kernels.abi import DTYPE_CODE
 
 from . import _batchnorm_closed as closed
+from . import _batchnorm_step
 from ._autocast import cast
 from ._batchnorm import (
     FEW_ROWS,
@@ -52,7 +53,7 @@ from ._batchnorm import (
     product_has_bias,
     scaled_dtype,
 )
-from ._kinds import Kinds
+from ._kinds import Kinds, whole
 from ._op import Op
 from ._product import product
 from ._road import Road, floating, together, wide
@@ -383,9 +384,7 @@ def _call(key: tuple[Any, ...], args: tuple[Any, ...], batches: Tensor | None) -
     """The op on a GPU; `batches`, when given, counts one more batch."""
     x, weight, bias, scale, divisor, alpha, bn_weight, bn_bias, mean, var, training, momentum, eps = args
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight):
-        if batches is not None:
-            batches.add_(1)
-        return _step(args)
+        return _step(args, batches)
     tensors = (x, weight, bias, scale, divisor, bn_weight, bn_bias, mean, var, batches)
     numbers = (alpha, training, momentum, eps)
     launch = CALLS.find(key, tensors, numbers)
@@ -399,14 +398,22 @@ def _call(key: tuple[Any, ...], args: tuple[Any, ...], batches: Tensor | None) -
     return out
 
 
-def _step(args: tuple[Any, ...]) -> Tensor:
+def _step(args: tuple[Any, ...], batches: Tensor | None) -> Tensor:
     """A call whose gradient is wanted, by what a call like it came to."""
     x, weight, bias, scale, divisor, _, bn_weight, bn_bias, mean, var, training, _, eps = args
-    tensors = (x, weight, bias, scale, divisor, bn_weight, bn_bias, mean, var)
-    given = tuple([t for t in tensors if t is not None])
+    tensors = (x, weight, bias, scale, divisor, bn_weight, bn_bias, mean, var, batches)
+    given = [t for t in tensors if t is not None]
     absent = bias is None, scale is None, divisor is None, bn_weight is None, bn_bias is None, mean is None
-    key = training, eps, absent, gemm.float32_settings() if x.dtype is torch.float32 else None
-    out: Tensor = STEPS.call(OP, args, key, *given, ordinary=lambda: (_ordinary(args),))[0]
+    aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    key = training, eps, absent, len(given), aligned, gemm.float32_settings() if x.dtype is torch.float32 else None
+    run = STEPS.find(key, *given)
+    if run is not None:
+        kept: Tensor = run(*args, batches)[0]
+        return kept
+    if batches is not None:
+        batches.add_(1)
+    out = _ordinary(args)
+    STEPS.keep(OP, args, key, *given, make=lambda: _batchnorm_step.kind(OP, args, batches, whole(OP, args)))
     return out
 
 

@@ -258,7 +258,7 @@ def test_backward_in_one_launch_and_in_passes(m, n, dtype, out_dtype):
     saved = lsb.train_apply(acc, None, c, None, None, 0.3, torch.empty(m, n, dtype=out_dtype, device="cuda"))
     every = {"weight": True, "shift": True, "bias": True, "s": True, "scale": True}
     whole, again, passes = (lsb.backward(g, acc, saved, c, **every) for g in (grad, grad, off))
-    launches = [lsb._backward_scratch(m, n, aligned, dtype, out_dtype, 0) == 0 for aligned in (True, False)]
+    launches = [lsb.backward_scratch(m, n, aligned, dtype, out_dtype, 0) == 0 for aligned in (True, False)]
     assert launches == [dtype == out_dtype or m <= 512, False]
     for one, two, other in zip(whole, again, passes, strict=True):
         if one is not None:

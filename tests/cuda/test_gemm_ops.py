@@ -194,12 +194,12 @@ def test_a_training_step_bound_by_the_host_goes_by_eagers_own_operations():
 
 
 def test_a_step_that_cannot_have_all_its_blocks_at_once_takes_several_kernels(monkeypatch):
-    real = kernels._functions()
+    real = kernels.functions()
 
     def refuse(*args):
         raise loader.KernelError("no room", 720)
 
-    monkeypatch.setattr(kernels, "_functions", lambda: real._replace(train=refuse))
+    monkeypatch.setattr(kernels, "functions", lambda: real._replace(train=refuse))
     x, layer, bn = torch.randn(512, 512, device="cuda").bfloat16(), nn.Linear(512, 6400), nn.BatchNorm1d(6400)
     layer, bn = layer.to("cuda", torch.bfloat16), bn.cuda()
     original = copy.deepcopy(bn)
@@ -216,7 +216,7 @@ def test_kept_training_calls_without_a_gradient(m, n, k, refused, monkeypatch):
     fused = Fused(k, n).to("cuda", torch.bfloat16)
     fused.load_state_dict(eager.state_dict())
     judge = copy.deepcopy(eager).double()
-    real = kernels._functions()
+    real = kernels.functions()
 
     def refuse(*args):
         raise loader.KernelError("no room", 720)
@@ -224,7 +224,7 @@ def test_kept_training_calls_without_a_gradient(m, n, k, refused, monkeypatch):
     with torch.no_grad():
         for step in range(4):
             if refused == "no room" and step == 2:  # a call is kept by now
-                monkeypatch.setattr(kernels, "_functions", lambda: real._replace(train=refuse))
+                monkeypatch.setattr(kernels, "functions", lambda: real._replace(train=refuse))
             if refused == "portable" and step == 2:
                 monkeypatch.setenv("FXFUSE_PORTABLE", "1")
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16) + 1

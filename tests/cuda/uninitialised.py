@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import kl_div, matmul_div_sum_scale, small_gemm
+from fxfuse.kernels import batchnorm_step, kl_div, linear_scale_batchnorm1d, matmul_div_sum_scale, small_gemm
 
 
 def filled(tensor: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def fill_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends, whatever is allocated without being initialised."""
     for place, name in (
         (torch, "empty"), (torch, "empty_like"), (kl_div, "allocate"), (small_gemm, "allocate"),
-        (matmul_div_sum_scale, "allocate"),
+        (matmul_div_sum_scale, "allocate"), (linear_scale_batchnorm1d, "allocate"), (batchnorm_step, "allocate"),
     ):  # fmt: skip
         allocate = getattr(place, name)
 
