@@ -51,19 +51,22 @@ int main() {
     for (int columns = 1; columns < 20; ++columns)
       for (int most = 1; most < 9; ++most) {
         every_tile_once(TileOrder::by_rows(rows, columns, most), rows, columns, most);
-        const TileOrder order = TileOrder::by_columns(rows, columns, most);
-        every_tile_once(order, rows, columns, most);
-        // Whole bands one after the other, none wider than `most`, the wide ones first; every other one upwards.
-        const int bands = (columns + most - 1) / most;
-        for (int i = 0, first = 0, band = 0; band < bands; ++band) {
-          const int width = columns / bands + (band < columns % bands);
-          expect(width <= most, "wide", rows, columns, most);
-          for (int j = 0; j < rows * width; ++j, ++i) {
-            const Tile tile = order.at(i);
-            expect(tile.n == first + j % width, "column", rows, columns, i);
-            expect(tile.m == (band % 2 ? rows - 1 - j / width : j / width), "row", rows, columns, i);
+        for (bool alone : {false, true}) {
+          const TileOrder order = TileOrder::by_columns(rows, columns, most, alone);
+          every_tile_once(order, rows, columns, most);
+          // Whole bands one after the other, none wider than `most`, the wide ones first, and the last column by itself
+          // where it is to be; every other band upwards.
+          const int others = alone && columns > 1 ? columns - 1 : columns, bands = (others + most - 1) / most;
+          for (int i = 0, first = 0, band = 0; band < bands + (others < columns); ++band) {
+            const int width = band == bands ? 1 : others / bands + (band < others % bands);
+            expect(width <= most, "wide", rows, columns, most);
+            for (int j = 0; j < rows * width; ++j, ++i) {
+              const Tile tile = order.at(i);
+              expect(tile.n == first + j % width, "column", rows, columns, i);
+              expect(tile.m == (band % 2 ? rows - 1 - j / width : j / width), "row", rows, columns, i);
+            }
+            first += width;
           }
-          first += width;
         }
       }
   return failures != 0;

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import gemm
-from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, PTR, pointer, stream
+from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, PTR, allocate, pointer, stream
 from fxfuse.kernels.counters import counters_of
 from fxfuse.kernels.loader import library
 
@@ -67,13 +67,16 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Tensor:
     to be None."""
     a, b = gemm.rows(x), gemm.rows(weight)
     assert a is not None and b is not None
-    out = torch.empty(*x.shape[:-1], weight.size(0), dtype=x.dtype, device=x.device)
+    device, n = x.get_device(), weight.size(0)
+    if x.dim() == 2:
+        out = allocate((x.size(0), n), (n, 1), x.dtype, device)
+    else:
+        out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    device = x.device.index
     _functions().forward(
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.contiguous().data_ptr(), out.data_ptr(),
-        a[0].size(0), weight.size(0), weight.size(1), a[1], b[1], *act.arguments(), gemm.ieee(x),
+        a[0].size(0), n, weight.size(1), a[1], b[1], *act.arguments(), gemm.ieee(x),
         DTYPE_CODE[x.dtype], device, stream(device),
     )  # fmt: skip
     return out
@@ -117,15 +120,15 @@ def backward(
     grad = grad.contiguous()
     if grad.data_ptr() % 16:
         grad = grad.clone()
-    dz = torch.empty_like(grad)
-    device, columns, dtype = grad.device.index, grad.size(-1), grad.dtype
+    device, columns, dtype = grad.get_device(), grad.size(-1), grad.dtype
+    dz = allocate(tuple(grad.shape), grad.stride(), dtype, device)
     rows, queue = grad.numel() // max(columns, 1), stream(device)
     db = scratch = counters = None
     if column_sums and rows and columns and columns * grad.element_size() % 16 == 0:
-        db = torch.empty(columns, dtype=dtype, device=grad.device)
+        db = allocate((columns,), (1,), dtype, device)
         floats, ints = _backward_scratch(rows, columns, dtype, device)
         if floats:
-            scratch = torch.empty(floats, dtype=torch.float32, device=grad.device)
+            scratch = allocate((floats,), (1,), torch.float32, device)
             counters = counters_of(grad.device, queue, ints)
     _functions().backward(
         pointer(grad), pointer(saved), pointer(dz), pointer(db), pointer(scratch), pointer(counters), rows, columns,

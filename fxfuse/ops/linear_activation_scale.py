@@ -236,12 +236,14 @@ def linear_backward(
     db: Tensor | None = None,
 ) -> Sequence[Tensor | None]:
     """factor · the gradients of linear(x, weight, bias) for an upstream gradient `dz`; `db` if it is there already."""
-    flat = dz.reshape(-1, weight.size(0))
+    matrices = dz.dim() == 2  # the rule; views that change nothing take their time, too
+    flat = dz if matrices else dz.reshape(-1, weight.size(0))
     dx = dw = None
     if wanted[0]:
-        dx = _product(flat, weight, factor).view(x.shape)
+        dx = _product(flat, weight, factor)
+        dx = dx if matrices else dx.view(x.shape)
     if wanted[1]:
-        dw = _product(flat.t(), x.reshape(-1, x.size(-1)), factor)
+        dw = _product(flat.t(), x if matrices else x.reshape(-1, x.size(-1)), factor)
     if db is None and bias is not None and wanted[2]:
         db = _column_sums(flat, factor)
     return dx, dw, db
@@ -257,7 +259,7 @@ def _column_sums(dz: Tensor, factor: float) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     if factor == 1:
-        return float32_gemm.matmul(a, b) if float32_gemm.why_not(a, b) is None else a @ b
+        return float32_gemm.matmul(a, b) if float32_gemm.why_not(a, b) is None else torch.mm(a, b)
     return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=factor)
 
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import batchnorm_step, kl_div, linear_scale_batchnorm1d, matmul_div_sum_scale, small_gemm
+from fxfuse.kernels import (
+    batchnorm_step,
+    kl_div,
+    linear_activation_scale,
+    linear_scale_batchnorm1d,
+    matmul_div_sum_scale,
+    small_gemm,
+)  # fmt: skip
 
 
 def filled(tensor: Tensor) -> Tensor:
@@ -25,6 +32,7 @@ def fill_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     for place, name in (
         (torch, "empty"), (torch, "empty_like"), (kl_div, "allocate"), (small_gemm, "allocate"),
         (matmul_div_sum_scale, "allocate"), (linear_scale_batchnorm1d, "allocate"), (batchnorm_step, "allocate"),
+        (linear_activation_scale, "allocate"),
     ):  # fmt: skip
         allocate = getattr(place, name)
 

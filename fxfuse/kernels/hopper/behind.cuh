@@ -16,6 +16,7 @@
 #include "../batchnorm_columns.cuh"
 #include "barrier.cuh"
 #include "scheduler.cuh"
+#include "words.cuh"
 
 #include <type_traits>
 
@@ -142,6 +143,8 @@ class Behind {
  private:
   enum Kind { kMeasure, kMerge, kNormalise, kLook, kNap, kDone, kKinds };
 
+  using Unit = uint4;  // what a lane reads or writes at once
+
   static constexpr int kRows = 16;  // of a unit of normalisation
   static constexpr int kUnits = BM / kRows;
   static constexpr int kWide = 16 / int(sizeof(Out));  // elements of an access
@@ -228,20 +231,17 @@ class Behind {
     for (int i = 0; i < kSpans * kWide; ++i) sum[i] = squares[i] = 0.f;
 #pragma unroll
     for (int s = 0; s < kSpans; ++s) {
-      Pack<Out> v;
-      v.raw = make_uint4(0, 0, 0, 0);
-      if (column(n, s, lane) < tiles.columns) v.raw = load(acc + int64_t(first) * tiles.columns + column(n, s, lane));
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) shift[s * kWide + j] = v.get(j);
+      Unit v{};
+      if (column(n, s, lane) < tiles.columns) v = load(acc + int64_t(first) * tiles.columns + column(n, s, lane));
+      values(v, [&](int j, float& x) { shift[s * kWide + j] = x; });
     }
-    walk<TOGETHER>(tiles, acc, first + lane / kLanes, last, n, lane, [&](const Pack<Out>& v, int span, int64_t) {
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) {
+    walk<TOGETHER>(tiles, acc, first + lane / kLanes, last, n, lane, [&](Unit& v, int span, int64_t) {
+      values(v, [&](int j, float& x) {
         const int at = span * kWide + j;
-        const float d = v.get(j) - shift[at];
+        const float d = x - shift[at];
         sum[at] += d;
         squares[at] = fmaf(d, d, squares[at]);
-      }
+      });
     });
     const float count = float(last - first);
 #pragma unroll
@@ -344,18 +344,16 @@ class Behind {
     }
     const int first = columns.m + unit % kUnits * kRows, n = columns.n;
     const int last = min(tiles.rows, first + kRows);
-    walk<TOGETHER>(tiles, acc, first + lane / kLanes, last, n, lane, [&](const Pack<Out>& v, int span, int64_t at) {
-      Pack<Out> z;
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) {
+    walk<TOGETHER>(tiles, acc, first + lane / kLanes, last, n, lane, [&](Unit& v, int span, int64_t at) {
+      values(v, [&](int j, float& x) {
         const float2 map = columns.maps[span * kWide + j];
-        z.set(j, fmaf(v.get(j), map.x, map.y));
-      }
-      st_keep(out + at, z);
+        x = fmaf(x, map.x, map.y);
+      });
+      *reinterpret_cast<Unit*>(out + at) = v;
     });
   }
 
-  // Hands this lane's accesses of rows `row`, row + kStep, .. under `last`, each with its span of columns and its place in the
+  // Hands this lane's units of rows `row`, row + kStep, .. under `last`, each with its span of columns and its place in the
   // matrix, to `body`; those of TOGETHER rows are under way at once. The loop is short: it runs beside the tensor cores.
   template <int TOGETHER, typename Body>
   static __device__ __forceinline__ void walk(const BehindTiles& tiles, const Out* acc, int row, int last, int n, int lane,
@@ -367,10 +365,10 @@ class Behind {
     for (int s = 0; s < kSpans; ++s) inside[s] = column(n, s, lane) < tiles.columns;
     const auto rows = [&](auto together) {
       constexpr int kEach = decltype(together)::value;
-      Pack<Out> v[kEach * kSpans];
+      Unit v[kEach * kSpans];
 #pragma unroll
       for (int i = 0; i < kEach * kSpans; ++i)
-        if (inside[i % kSpans]) v[i].raw = load(acc + at + i / kSpans * step + i % kSpans * kLanes * kWide);
+        if (inside[i % kSpans]) v[i] = load(acc + at + i / kSpans * step + i % kSpans * kLanes * kWide);
 #pragma unroll
       for (int i = 0; i < kEach * kSpans; ++i)
         if (inside[i % kSpans]) body(v[i], i % kSpans, at + i / kSpans * step + i % kSpans * kLanes * kWide);
@@ -384,7 +382,22 @@ class Behind {
   }
 
   // From L2: another multiprocessor's, or the copy engine's, writes.
-  static __device__ __forceinline__ uint4 load(const Out* p) { return __ldcg(reinterpret_cast<const uint4*>(p)); }
+  static __device__ __forceinline__ Unit load(const Out* p) { return __ldcg(reinterpret_cast<const Unit*>(p)); }
+
+  // Hands each value of a unit, with its number, to `body`, which may change it.
+  template <typename Body>
+  static __device__ __forceinline__ void values(Unit& v, const Body& body) {
+    using Word = WordOf<Out>;
+    uint32_t* const words[] = {&v.x, &v.y, &v.z, &v.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      float x[Word::kValues];
+      Word::get(*words[w], x);
+#pragma unroll
+      for (int j = 0; j < Word::kValues; ++j) body(w * Word::kValues + j, x[j]);
+      *words[w] = Word::put(x);
+    }
+  }
 };
 
 }  // namespace fxfuse::hopper

@@ -4,6 +4,7 @@
 #include "../common.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
+#include "words.cuh"
 
 namespace fxfuse::hopper {
 
@@ -19,16 +20,6 @@ struct Identity {
   template <typename Body>
   static __device__ __forceinline__ void with(const Params&, Body&& body) { body(Apply{}); }
 };
-
-template <typename T> __device__ __forceinline__ uint32_t pack_pair(float low, float high);
-template <> __device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
-template <> __device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
-  const __half2 v = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
 
 // Writes a warpgroup's 64 x BN tile, each warp its 16 rows, with nobody to wait for. Chunks of 16 rows by 128 bytes go through
 // the warp's BUFFERS buffers of shared memory; the copy engine writes one out while the next is filled, and clips what lies

@@ -237,7 +237,10 @@ cudaError_t launch_gemm(const Operands& p, const typename Epilogue::Params& epil
     } else if (Mainloop::kPrepares) {
       return cudaErrorNotSupported;
     } else {
-      problem.order = TileOrder::by_columns(rows, columns, kBehindBand);
+      // About a round of tiles in the last column: then a block's tile before the last one is of columns complete before the
+      // end. It reads all of A once more, which costs more than it brings where a round is shorter.
+      const bool round = 4 * rows >= 3 * clusters && rows <= clusters && problem.k_blocks >= kLongProduct;
+      problem.order = TileOrder::by_columns(rows, columns, kBehindBand, round);
       problem.behind = int(tiles);
     }
   }

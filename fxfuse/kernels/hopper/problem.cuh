@@ -10,6 +10,7 @@ constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kColumnThreads = kWarpgroup - kWarp;
 constexpr int64_t kMostTrainRows = int64_t(1) << 30;  // whose numbers are exact enough, and ints
 constexpr int kBehindBand = 3;  // columns of tiles, where all of them are normalised behind
+constexpr int kLongProduct = 64;  // blocks of K; of measured ones 64 pay, 16 do not
 
 template <typename Mainloop, typename Writer, typename Epilogue>
 struct SharedLayout {

@@ -40,14 +40,18 @@ class TileOrder {
   static __host__ TileOrder by_rows(int rows, int columns, int most) {
     return TileOrder(rows, columns, false, {most, rows / most}, rows % most);
   }
-  // Columns in as few bands as `most` columns each allow, of nearly the same width, the wide ones first.
-  static __host__ TileOrder by_columns(int rows, int columns, int most) {
-    const int bands = (columns + most - 1) / most;
-    return TileOrder(rows, columns, true, {columns / bands + 1, columns % bands}, columns / bands);
+  // Columns in as few bands as `most` columns each allow, of nearly the same width, the wide ones first. LAST_ALONE: the last
+  // column is a band by itself, so that all others are complete well before the end.
+  static __host__ TileOrder by_columns(int rows, int columns, int most, bool last_alone = false) {
+    const int others = last_alone && columns > 1 ? columns - 1 : columns, bands = (others + most - 1) / most;
+    TileOrder order(rows, columns, true, {others / bands + 1, others % bands}, others / bands);
+    if (others < columns) order.alone_ = {others * rows, bands};
+    return order;
   }
 
   __host__ __device__ int64_t count() const { return int64_t(rows) * columns; }
   __device__ __forceinline__ Tile at(int index) const {
+    if (index >= alone_.tiles) return {alone_.bands % 2 == 0 ? index - alone_.tiles : rows - 1 - (index - alone_.tiles), columns - 1};
     const bool late = index >= early_.tiles;
     const Bands bands = late ? late_ : early_;
     const int from = late ? index - early_.tiles : index, turn = bands.band(from), inside = from - turn * bands.band.divisor;
@@ -71,8 +75,13 @@ class TileOrder {
     if (late > 0) late_ = {Divider(late * length), Divider(late), 0, early.bands * early.lines, early.bands};
   }
 
+  struct Before {
+    int tiles = 0x7fffffff, bands = 0;
+  };
+
   bool upright_ = false;
   Bands early_, late_;
+  Before alone_;  // what precedes the column that is by itself
 };
 
 }  // namespace fxfuse::hopper

@@ -5,30 +5,9 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "words.cuh"
 
 namespace fxfuse::hopper {
-
-// The values of Out in 32 bits.
-template <typename Out> struct WordOf;
-template <> struct WordOf<float> {
-  static constexpr int kValues = 1;
-  static __device__ __forceinline__ void get(uint32_t word, float (&x)[1]) { x[0] = __uint_as_float(word); }
-};
-template <> struct WordOf<__nv_bfloat16> {
-  static constexpr int kValues = 2;
-  static __device__ __forceinline__ void get(uint32_t word, float (&x)[2]) {
-    x[0] = __uint_as_float(word << 16);
-    x[1] = __uint_as_float(word & 0xffff0000u);
-  }
-};
-template <> struct WordOf<__half> {
-  static constexpr int kValues = 2;
-  static __device__ __forceinline__ void get(uint32_t word, float (&x)[2]) {
-    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
-    x[0] = both.x;
-    x[1] = both.y;
-  }
-};
 
 // Of a tile as Writer::lay leaves it. A warp takes every fourth strip of chunks, a lane 32 bits of it, all rows down.
 template <typename Out, typename Writer>

@@ -14,7 +14,7 @@ namespace fxfuse::hopper {
 template <typename Out>
 struct Normalise {
   __device__ __forceinline__ float operator()(float x, float2 column) const {
-    return fmaf(to_float(from_float<Out>(x)), column.x, column.y);
+    return fmaf(rounded<Out>(x), column.x, column.y);
   }
 };
 
