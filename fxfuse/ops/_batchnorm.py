@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fxfuse.kernels import gemm, small_gemm
 from fxfuse.kernels import linear_scale_batchnorm1d as kernels
 
-from .linear_activation_scale import linear_backward
+from ._product import linear_backward
 
 Buffers = tuple[Tensor | None, Tensor | None]
 

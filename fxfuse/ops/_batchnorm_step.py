@@ -22,7 +22,7 @@ from fxfuse.kernels.batchnorm_step import TrainingStep, Vectors
 from ._batchnorm import scaled_dtype
 from ._kinds import Kind
 from ._op import Differentiable, Op
-from .linear_activation_scale import linear_backward
+from ._product import linear_backward
 
 
 class Step:
@@ -37,7 +37,6 @@ class Step:
         self.tensors, self.kept, self.update = op.tensors, op.kept, op.update
         out_dtype = scaled_dtype(x, scale, None)
         self.calls = TrainingStep(x, weight, Vectors(bias, scale, gamma, beta, mean, var), out_dtype)
-        self.library = not gemm.ieee(x)  # computes the two products
 
     def forward(
         self, road: Any, *args: Any, wanted: Sequence[bool], update: bool
@@ -73,11 +72,7 @@ class Step:
             grad, acc, statistics, vectors, alpha, eps, asked
         )
         del acc  # not needed beside its gradient and those that come of it
-        if self.library:
-            dx = torch.mm(d_acc, weight) if wanted[0] else None
-            dw = torch.mm(d_acc.t(), x) if wanted[1] else None
-        else:
-            dx, dw, _ = linear_backward(d_acc, 1.0, x, weight, None, wanted)
+        dx, dw, _ = linear_backward(d_acc, 1.0, x, weight, None, wanted)
         return dx, dw, d_bias, d_scale, None, d_gamma, d_beta, None, None
 
     def again(self, saved: Sequence[Tensor], *args: Any) -> Any:

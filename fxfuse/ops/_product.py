@@ -1,9 +1,17 @@
-"""The product in front of an op, for any rank of weight."""
+"""The product in front of an op, for any rank of weight, and its gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fxfuse.kernels import float32_gemm
+from fxfuse.kernels import matmul_div_sum_scale as collapse
+
+from ._road import wide
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -13,3 +21,42 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     out = x @ weight.permute(*reversed(range(weight.dim())))
     return out if bias is None else out + bias
+
+
+def linear_backward(
+    dz: Tensor,
+    factor: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
+    db: Tensor | None = None,
+) -> Sequence[Tensor | None]:
+    """factor · the gradients of linear(x, weight, bias) for an upstream gradient `dz`; `db` if it is there already."""
+    matrices = dz.dim() == 2  # the rule; views that change nothing take their time, too
+    flat = dz if matrices else dz.reshape(-1, weight.size(0))
+    dx = dw = None
+    if wanted[0]:
+        dx = _of_matrices(flat, weight, factor)
+        dx = dx if matrices else dx.view(x.shape)
+    if wanted[1]:
+        dw = _of_matrices(flat.t(), x if matrices else x.reshape(-1, x.size(-1)), factor)
+    if db is None and bias is not None and wanted[2]:
+        db = _column_sums(flat, factor)
+    return dx, dw, db
+
+
+def _column_sums(dz: Tensor, factor: float) -> Tensor:
+    """factor · the sums of dz's columns, in its dtype: by our kernel, for ATen's takes scratch of several times dz."""
+    if dz.is_cuda and dz.numel() and collapse.why_not(dz, dz) is None:
+        sums = collapse.column_sums(dz, None)[: dz.size(1)]
+        return (sums if factor == 1 else sums.mul_(factor)).to(dz.dtype)
+    return dz.sum(0) if factor == 1 else dz.sum(0, dtype=wide(dz.dtype)).mul_(factor).to(dz.dtype)
+
+
+def _of_matrices(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    if factor != 1:
+        return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=factor)
+    if a.dtype is torch.float32 and float32_gemm.why_not(a, b) is None:
+        return float32_gemm.matmul(a, b)
+    return torch.mm(a, b)

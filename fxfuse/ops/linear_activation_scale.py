@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxfuse.kernels import float32_gemm, gemm, small_gemm
+from fxfuse.kernels import gemm, small_gemm
 from fxfuse.kernels import linear_activation_scale as kernels
-from fxfuse.kernels import matmul_div_sum_scale as collapse
 from fxfuse.kernels.linear_activation_scale import Act
 
+from . import _activation_step
 from ._autocast import cast
-from ._kinds import Kinds
+from ._kinds import Kinds, whole
 from ._op import Op
-from ._product import product
-from ._road import Road, floating, together, wide
+from ._product import linear_backward, product
+from ._road import Road, floating, together
 from ._short import Calls, Launch
 
 # activation -> (value, gradient from (g, z), in-place value or None); alpha and beta are its parameters.
@@ -226,43 +226,6 @@ def backward(
     return linear_backward(dz, scale * pre_scale, x, weight, bias, wanted)
 
 
-def linear_backward(
-    dz: Tensor,
-    factor: float,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    wanted: Sequence[bool],
-    db: Tensor | None = None,
-) -> Sequence[Tensor | None]:
-    """factor · the gradients of linear(x, weight, bias) for an upstream gradient `dz`; `db` if it is there already."""
-    matrices = dz.dim() == 2  # the rule; views that change nothing take their time, too
-    flat = dz if matrices else dz.reshape(-1, weight.size(0))
-    dx = dw = None
-    if wanted[0]:
-        dx = _product(flat, weight, factor)
-        dx = dx if matrices else dx.view(x.shape)
-    if wanted[1]:
-        dw = _product(flat.t(), x if matrices else x.reshape(-1, x.size(-1)), factor)
-    if db is None and bias is not None and wanted[2]:
-        db = _column_sums(flat, factor)
-    return dx, dw, db
-
-
-def _column_sums(dz: Tensor, factor: float) -> Tensor:
-    """factor · the sums of dz's columns, in its dtype: by our kernel, for ATen's takes scratch of several times dz."""
-    if dz.is_cuda and dz.numel() and collapse.why_not(dz, dz) is None:
-        sums = collapse.column_sums(dz, None)[: dz.size(1)]
-        return (sums if factor == 1 else sums.mul_(factor)).to(dz.dtype)
-    return dz.sum(0) if factor == 1 else dz.sum(0, dtype=wide(dz.dtype)).mul_(factor).to(dz.dtype)
-
-
-def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    if factor == 1:
-        return float32_gemm.matmul(a, b) if float32_gemm.why_not(a, b) is None else torch.mm(a, b)
-    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=factor)
-
-
 def autocast(
     device: str, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, *others: object
 ) -> tuple[object, ...]:
@@ -347,9 +310,15 @@ def linear_activation_scale(
 def _step(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[Any, ...]) -> Tensor:
     """A call whose gradient is wanted, by what a call like it came to."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    key = len(tensors), *numbers, gemm.float32_settings() if x.dtype is torch.float32 else None
+    aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    key = len(tensors), aligned, *numbers, gemm.float32_settings() if x.dtype is torch.float32 else None
     args = (x, weight, bias, *numbers)
-    out: Tensor = STEPS.call(OP, args, key, *tensors, ordinary=lambda: OP(*args))
+    run = STEPS.find(key, *tensors)
+    if run is not None:
+        kept: Tensor = run(*args)
+        return kept
+    out: Tensor = OP(*args)
+    STEPS.keep(OP, args, key, *tensors, make=lambda: _activation_step.kind(OP, args, whole(OP, args)))
     return out
 
 

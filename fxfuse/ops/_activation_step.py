@@ -1,0 +1,75 @@
+"""A training step of `linear_activation_scale` like one before: as _batchnorm_step.py is for the other product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxfuse.kernels import gemm, small_gemm
+from fxfuse.kernels import linear_activation_scale as kernels
+from fxfuse.kernels.abi import NOT_SUPPORTED
+from fxfuse.kernels.loader import KernelError
+
+from ._kinds import Kind
+from ._op import Differentiable, Op
+from ._product import linear_backward
+
+
+class Step:
+    """The op for steps like this one, as `Differentiable` takes an op: on matrices past the small products. x and weight
+    are on 16 bytes if those given here are. A device that may no longer act as a Hopper goes the ordinary way.
+    """
+
+    def __init__(self, op: Op, args: tuple[Any, ...]) -> None:
+        x, weight, _, *numbers = args
+        self.op = op
+        self.tensors, self.kept, self.update = op.tensors, op.kept, op.update
+        self.act = kernels.Act(*numbers)
+        self.output = kernels.from_output(self.act)
+        self.product = self.output and gemm.why_not_product(x, weight) is None
+
+    def forward(self, road: Any, *args: Any, wanted: Sequence[bool]) -> tuple[Tensor, Sequence[Tensor]]:
+        x, weight, bias = args[:3]
+        if not self.product:
+            z = F.linear(x, weight, bias)
+            out = kernels.apply(z, self.act, z if self.output else torch.empty_like(z))
+            return out, (out if self.output else z,)
+        try:
+            out = kernels.forward(x, weight, bias, self.act)
+        except KernelError as error:
+            if error.code != NOT_SUPPORTED:
+                raise
+            return self.op.forward(road, *args, wanted=wanted)
+        return out, (out,)
+
+    def backward(
+        self, road: Any, grad: Tensor, saved: list[Tensor], *args: Any, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        x, weight, bias = args[:3]
+        dz, db = kernels.backward(grad, saved[0], self.act, self.output, bias is not None and wanted[2])
+        return linear_backward(dz, 1.0, x, weight, bias, wanted, db)
+
+    def again(self, saved: Sequence[Tensor], *args: Any) -> Any:
+        return self.op.again(saved, *args)
+
+
+def kind(op: Op, args: tuple[Any, ...], ordinary: Kind) -> Kind:
+    """What steps like this one come to: a `Step` where that is all the kernels need to be told, else `ordinary`."""
+    x, weight, bias = args[:3]
+    road = op._road(*args)
+    if (
+        ordinary.direct
+        or road.name != "kernel"
+        or x.dim() != 2
+        or x.numel() == 0
+        or weight.size(0) == 0
+        or (bias is not None and not bias.is_contiguous())
+        or small_gemm.why_not(x, weight) is None
+    ):
+        return ordinary
+    step = Step(op, args)
+    return Kind(lambda *args: Differentiable.call(step, road, *args))  # type: ignore[arg-type]
