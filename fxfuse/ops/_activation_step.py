@@ -20,8 +20,8 @@ from ._product import linear_backward
 
 
 class Step:
-    """The op for steps like this one, as `Differentiable` takes an op: on matrices past the small products. x and weight
-    are on 16 bytes if those given here are. A device that may no longer act as a Hopper goes the ordinary way.
+    """The op for steps like this one, as `Differentiable` takes an op: on matrices past the small products. x and
+    weight are on 16 bytes if those given here are. A device that may no longer act as a Hopper goes the ordinary way.
     """
 
     def __init__(self, op: Op, args: tuple[Any, ...]) -> None:
