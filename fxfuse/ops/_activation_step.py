@@ -14,7 +14,7 @@ from fxfuse.kernels import linear_activation_scale as kernels
 from fxfuse.kernels.abi import NOT_SUPPORTED
 from fxfuse.kernels.loader import KernelError
 
-from ._kinds import Kind
+from ._kinds import Kind, whole
 from ._op import Differentiable, Op
 from ._product import linear_backward
 
@@ -57,10 +57,10 @@ class Step:
         return self.op.again(saved, *args)
 
 
-def kind(op: Op, args: tuple[Any, ...], ordinary: Kind) -> Kind:
-    """What steps like this one come to: a `Step` where that is all the kernels need to be told, else `ordinary`."""
+def kind(op: Op, args: tuple[Any, ...]) -> Kind:
+    """What steps like this one come to: a `Step` where that is all the kernels need to be told, else the whole call."""
     x, weight, bias = args[:3]
-    road = op._road(*args)
+    road, ordinary = op._road(*args), whole(op, args)
     if (
         ordinary.direct
         or road.name != "kernel"

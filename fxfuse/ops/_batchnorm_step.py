@@ -20,7 +20,7 @@ from fxfuse.kernels.abi import allocate
 from fxfuse.kernels.batchnorm_step import TrainingStep, Vectors
 
 from ._batchnorm import scaled_dtype
-from ._kinds import Kind
+from ._kinds import Kind, whole
 from ._op import Differentiable, Op
 from ._product import linear_backward
 
@@ -79,23 +79,20 @@ class Step:
         return self.op.again(saved, *args[:-1])
 
 
-def kind(op: Op, args: tuple[Any, ...], batches: Tensor | None, ordinary: Kind) -> Kind:
+def kind(op: Op, args: tuple[Any, ...], batches: Tensor | None) -> Kind:
     """What steps like this one come to, as a function of args and batches: a `Step` where that is all the kernels need
-    to be told, else `ordinary`."""
-    road = op._road(*args)
+    to be told, else the whole call."""
+    road, ordinary = op._road(*args), whole(op, args)
     if not ordinary.direct and road.name == "kernel" and _plain(args, batches):
         step = Step(op, args)
         return Kind(lambda *args: Differentiable.call(step, road, *args))  # type: ignore[arg-type]
 
-    run = ordinary.run
-
     def counted(*args: Any) -> Any:
         if args[-1] is not None:
             args[-1].add_(1)
-        return run(*args[:-1])
+        return ordinary.run(*args[:-1])
 
-    ordinary.run = counted
-    return ordinary
+    return Kind(counted, direct=ordinary.direct)
 
 
 def _plain(args: tuple[Any, ...], batches: Tensor | None) -> bool:

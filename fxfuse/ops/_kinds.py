@@ -93,14 +93,21 @@ class Kinds:
             self._kinds[numbers] = [kind, *self._kinds.get(numbers, ())][:MOST]
 
     def call(
-        self, op: Op, args: tuple[Any, ...], numbers: Hashable, *tensors: Tensor, ordinary: Callable[[], Any]
+        self,
+        op: Op,
+        args: tuple[Any, ...],
+        numbers: Hashable,
+        *tensors: Tensor,
+        ordinary: Callable[[], Any],
+        make: Callable[[], Kind] | None = None,
     ) -> Any:
-        """`op` by what a call like this one came to, else `ordinary()`, which is kept as a `whole`."""
+        """`op` by what a call like this one came to, as a function of `args`; else `ordinary()`, for which `make()` is
+        kept, or the `whole` call."""
         run = self.find(numbers, *tensors)
         if run is not None:
             return run(*args)
         out = ordinary()
-        self.keep(op, args, numbers, *tensors, make=lambda: whole(op, args))
+        self.keep(op, args, numbers, *tensors, make=make or (lambda: whole(op, args)))
         return out
 
     def forget(self) -> None:

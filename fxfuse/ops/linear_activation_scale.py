@@ -24,7 +24,7 @@ from fxfuse.kernels.linear_activation_scale import Act
 
 from . import _activation_step
 from ._autocast import cast
-from ._kinds import Kinds, whole
+from ._kinds import Kinds
 from ._op import Op
 from ._product import linear_backward, product
 from ._road import Road, floating, together
@@ -313,12 +313,9 @@ def _step(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[Any, ..
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
     key = len(tensors), aligned, *numbers, gemm.float32_settings() if x.dtype is torch.float32 else None
     args = (x, weight, bias, *numbers)
-    run = STEPS.find(key, *tensors)
-    if run is not None:
-        kept: Tensor = run(*args)
-        return kept
-    out: Tensor = OP(*args)
-    STEPS.keep(OP, args, key, *tensors, make=lambda: _activation_step.kind(OP, args, whole(OP, args)))
+    out: Tensor = STEPS.call(
+        OP, args, key, *tensors, ordinary=lambda: OP(*args), make=lambda: _activation_step.kind(OP, args)
+    )
     return out
 
 

@@ -53,7 +53,7 @@ from ._batchnorm import (
     product_has_bias,
     scaled_dtype,
 )
-from ._kinds import Kinds, whole
+from ._kinds import Kinds
 from ._op import Op
 from ._product import product
 from ._road import Road, floating, together, wide
@@ -406,14 +406,16 @@ def _step(args: tuple[Any, ...], batches: Tensor | None) -> Tensor:
     absent = bias is None, scale is None, divisor is None, bn_weight is None, bn_bias is None, mean is None
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
     key = training, eps, absent, len(given), aligned, gemm.float32_settings() if x.dtype is torch.float32 else None
-    run = STEPS.find(key, *given)
-    if run is not None:
-        kept: Tensor = run(*args, batches)[0]
-        return kept
-    if batches is not None:
-        batches.add_(1)
-    out = _ordinary(args)
-    STEPS.keep(OP, args, key, *given, make=lambda: _batchnorm_step.kind(OP, args, batches, whole(OP, args)))
+
+    def ordinary() -> tuple[Tensor]:
+        if batches is not None:
+            batches.add_(1)
+        return (_ordinary(args),)
+
+    counted = (*args, batches)
+    out: Tensor = STEPS.call(
+        OP, counted, key, *given, ordinary=ordinary, make=lambda: _batchnorm_step.kind(OP, args, batches)
+    )[0]
     return out
 
 
