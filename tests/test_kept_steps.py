@@ -3,7 +3,6 @@ given, on tensors of the CPU that say they are on a GPU."""
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -172,17 +171,17 @@ def test_what_steps_rest_on(heard, stepped, monkeypatch):
     """Where a vector is no contiguous [N] of its own, or the gradient lies otherwise, a step goes the ordinary way."""
     monkeypatch.setattr(gemm, "why_not_product", lambda *args: None)
     weight, norm = torch.randn(N, K), (torch.ones(N), torch.zeros(N), torch.zeros(N), torch.ones(N))
-    calls = types.SimpleNamespace(
-        scale=lambda scale: bn_file.linear_scale_batchnorm1d(
-            torch.randn(M, K, requires_grad=True), weight, None, scale, None, 1.0, *norm, training=True
-        )
-    )
+
+    def call(scale: Tensor) -> Tensor:
+        x = torch.randn(M, K, requires_grad=True)
+        return bn_file.linear_scale_batchnorm1d(x, weight, None, scale, None, 1.0, *norm, training=True)
+
     for scale in (torch.tensor(2.0), torch.randn(2 * N)[::2], torch.randn(1, N)):
         for _ in range(3):
-            calls.scale(scale)
+            call(scale)
     assert not stepped
     for grad in (torch.randn(N, M).t(), torch.ones(()).expand(M, N)):
-        outs = [calls.scale(torch.rand(N)) for _ in range(2)]
+        outs = [call(torch.rand(N)) for _ in range(2)]
         heard.of(grad=grad)
         outs[-1].backward(grad)
         assert [name for name, *_ in heard.calls] == ["backward"] and "grad" not in heard.calls[0], "a copy of it"

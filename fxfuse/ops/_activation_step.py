@@ -60,14 +60,14 @@ class Step:
 def kind(op: Op, args: tuple[Any, ...]) -> Kind:
     """What steps like this one come to: a `Step` where that is all the kernels need to be told, else the whole call."""
     x, weight, bias = args[:3]
-    road, ordinary = op._road(*args), whole(op, args)
+    ordinary = whole(op, args)
     if (
         ordinary.direct
-        or road.name != "kernel"
         or x.dim() != 2
         or x.numel() == 0
         or weight.size(0) == 0
         or (bias is not None and not bias.is_contiguous())
+        or (road := op._road(*args)).name != "kernel"
         or small_gemm.why_not(x, weight) is None
     ):
         return ordinary

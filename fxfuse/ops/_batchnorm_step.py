@@ -82,8 +82,8 @@ class Step:
 def kind(op: Op, args: tuple[Any, ...], batches: Tensor | None) -> Kind:
     """What steps like this one come to, as a function of args and batches: a `Step` where that is all the kernels need
     to be told, else the whole call."""
-    road, ordinary = op._road(*args), whole(op, args)
-    if not ordinary.direct and road.name == "kernel" and _plain(args, batches):
+    ordinary = whole(op, args)
+    if not ordinary.direct and _plain(args, batches) and (road := op._road(*args)).name == "kernel":
         step = Step(op, args)
         return Kind(lambda *args: Differentiable.call(step, road, *args))  # type: ignore[arg-type]
 
@@ -96,7 +96,7 @@ def kind(op: Op, args: tuple[Any, ...], batches: Tensor | None) -> Kind:
 
 
 def _plain(args: tuple[Any, ...], batches: Tensor | None) -> bool:
-    """Training, every vector a contiguous [N] of its own, no divisor, and a counter that a kernel can count in."""
+    """Training, every vector a contiguous [N], no divisor, and a counter that a kernel can count in."""
     x, weight, bias, scale, divisor, _, gamma, beta, mean, var, training, *_ = args
     features = weight.shape[:1]
     return (

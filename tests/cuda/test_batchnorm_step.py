@@ -46,6 +46,11 @@ BLOCKS = {
 }
 
 
+KINDS = ("bf16", "fp16", "fp32", "tf32", "mixed")
+#: A float32 result of a 16-bit product takes a factor with a dimension.
+CASES = [(b, kind) for b in BLOCKS for kind in KINDS if kind != "mixed" or b not in ("no scale", "one scale")]
+
+
 @pytest.fixture(autouse=True, params=["", "1"], ids=["hopper", "portable"])
 def road(request, monkeypatch):
     monkeypatch.setenv("FXFUSE_PORTABLE", request.param)
@@ -89,9 +94,8 @@ def same(model: nn.Module, x: Tensor, grad: Tensor | None) -> None:
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32", "tf32", "mixed"])
 @pytest.mark.parametrize(("m", "n", "k"), SIZES)
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("block", "kind"), CASES)
 def test_the_bits_of_the_ordinary_way(block, m, n, k, kind, served, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", kind == "tf32")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "mixed": torch.bfloat16}.get(kind, torch.float32)
@@ -99,8 +103,6 @@ def test_the_bits_of_the_ordinary_way(block, m, n, k, kind, served, monkeypatch)
     if block == "not affine":  # eager normalises in float32 then, and so do the kernels
         model.bn.float()
     if kind == "mixed":
-        if model.scale is None or not model.scale.dim():
-            pytest.skip("the result is of the product's dtype")
         model.scale.data, model.bn = model.scale.data.float(), model.bn.float()
     x, grad = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(m, n, device="cuda")
     grad = grad.to(model(x).dtype)
