@@ -8,8 +8,8 @@ template <typename Element, typename Out, int BN, int STAGES, int CLUSTER, int B
 int run(const Operands& p, int band, int device, cudaStream_t stream) {
   const DeviceProps* props = nullptr;
   FXFUSE_CHECK(device_props(device, &props));
-  return int(launch_gemm<DirectMainloop<Element, BN, STAGES, CLUSTER, STAGGER>, Identity, Out, BUFFERS>(p, {}, band, device,
-                                                                                              props->sm_count, stream));
+  using Mainloop = DirectMainloop<Element, BN, STAGES, CLUSTER, false, false, STAGGER>;
+  return int(launch_gemm<Mainloop, Identity, Out, BUFFERS>(p, {}, band, device, props->sm_count, stream));
 }
 
 // dtype: 1 float16, 2 bfloat16, 3 TF32 (float32 in and out); out has the dtype of the operands.

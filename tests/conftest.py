@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import plain_products
 import pytest
 import torch
 from torch import Tensor, nn
@@ -410,6 +411,15 @@ def why_no_cuda() -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="0/1", help="I/N: the I-th of N parts, from 0 on (tests/sanitize.py)")
+    parser.addoption("--plain-products", action="store_true", help="the library's products on a GPU go by float64")
+
+
+PLAIN_PRODUCTS = pytest.StashKey[torch.library.Library]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("plain_products"):
+        config.stash[PLAIN_PRODUCTS] = plain_products.in_force()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

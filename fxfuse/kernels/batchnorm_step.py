@@ -38,7 +38,7 @@ class TrainingStep:
         (m, k), n, device = x.shape, weight.size(0), x.get_device()
         self.device, self.dtype, self.out_dtype = device, x.dtype, out_dtype
         self.shape, self.strides = (m, n), (n, 1)
-        self.product = gemm.why_not_product(x, weight) is None
+        self.product = gemm.why_not_product(x, weight, True) is None
         self.one_kernel = self.product and kernels.one_kernel(x, out_dtype)
         self._codes = [kernels.vector(t)[1] for t in vectors]
         if self.one_kernel:

@@ -14,27 +14,12 @@ from fxfuse.kernels.loader import library
 
 __all__ = ["matmul", "why_not"]
 
-_SIDES = tuple[Tensor, Tensor, bool, bool]
-
 
 @functools.lru_cache(maxsize=1)
 def _function() -> Callable[..., None]:
     found = library()
     assert found is not None, "asked for before the kernels were there"
     return found.function("fxfuse_float32_gemm", [PTR] * 3 + [I64] * 5 + [INT] * 3 + [PTR])
-
-
-def _sides(a: Tensor, b: Tensor) -> _SIDES | None:
-    """Both as row-major matrices, each with whether its rows lie across the contraction; None where one is neither."""
-    along_k, along_m = gemm.rows(a), gemm.rows(a.t())
-    along_n, along_k_too = gemm.rows(b), gemm.rows(b.t())
-    if along_k is not None and along_k_too is not None:
-        return a, b.t(), False, False
-    if along_k is not None and along_n is not None:
-        return a, b, False, True
-    if along_m is not None and along_n is not None:
-        return a.t(), b, True, True
-    return None
 
 
 def why_not(a: Tensor, b: Tensor) -> str | None:
@@ -51,24 +36,21 @@ def why_not(a: Tensor, b: Tensor) -> str | None:
         return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
     if b.size(1) % 4 or max(*a.shape, *b.shape) >= 2**31:
         return "N is no multiple of 16 bytes, or a size is 2^31 or more"
-    if _sides(a, b) is None:
+    if gemm.sides(a, b) is None:
         return "an operand's rows are not contiguous and 16-byte aligned"
     return None if library() is not None else "the CUDA kernels are not there"
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] times b [K, N], contiguous, where ``why_not`` is None."""
-    sides = _sides(a, b)
-    assert sides is not None
-    left, right, along_m, along_n = sides
+    found = gemm.sides(a, b)
+    assert found is not None
+    left, right, along_m, along_n = found
     out = torch.empty(a.size(0), b.size(1), dtype=a.dtype, device=a.device)
     device = a.device.index
     _function()(
         left.data_ptr(), right.data_ptr(), out.data_ptr(), a.size(0), b.size(1), a.size(1),
-        _pitch(left), _pitch(right), along_m, along_n, device, stream(device),
+        gemm.pitch(left), gemm.pitch(right), along_m, along_n, device, stream(device),
     )  # fmt: skip
     return out
 
-
-def _pitch(matrix: Tensor) -> int:
-    return matrix.stride(0) if matrix.size(0) > 1 else max(matrix.size(1), 1)

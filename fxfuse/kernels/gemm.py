@@ -20,8 +20,10 @@ __all__ = [
     "ieee",
     "is_hopper",
     "launches_dominate",
+    "pitch",
     "processors",
     "rows",
+    "sides",
     "tf32_allowed",
     "why_not_kernels",
     "why_not_product",
@@ -114,27 +116,46 @@ def rows(t: Tensor) -> tuple[Tensor, int] | None:
             return None
         t = t.view(-1, t.size(-1))
     unit = 16 // t.element_size()
-    pitch = t.stride(0) if t.size(0) > 1 else max(t.size(1), 1)
+    between = pitch(t)
     if t.size(1) > 1 and t.stride(1) != 1:
         return None
-    if pitch % unit or pitch < t.size(1) or t.data_ptr() % 16:
+    if between % unit or between < t.size(1) or t.data_ptr() % 16:
         return None
-    return t, pitch
+    return t, between
 
 
-def why_not_product(x: Tensor, weight: Tensor) -> str | None:
+def sides(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, bool, bool] | None:
+    """a [M, K] and b [K, N] as row-major matrices that the copy engine reads, each with whether its rows lie across the
+    contraction; None where one is neither, or only a's do."""
+    along_k, along_n = rows(a), rows(b)
+    if along_k is not None and along_n is not None:
+        return a, b, False, True
+    if along_k is not None and rows(b.t()) is not None:
+        return a, b.t(), False, False
+    if along_n is not None and rows(a.t()) is not None:
+        return a.t(), b, True, True
+    return None
+
+
+def pitch(matrix: Tensor) -> int:
+    """Elements between the rows of a row-major matrix."""
+    return matrix.stride(0) if matrix.size(0) > 1 else max(matrix.size(1), 1)
+
+
+def why_not_product(x: Tensor, weight: Tensor, whole_columns: bool = False) -> str | None:
     """The reason why the Hopper GEMM is not used for x [..., K] and weight [N, K] of one dtype; None when it is.
 
     The library's GEMM is taken where it is faster: products of few rows or of little work (split along K, or by smaller
     tiles, it uses more of the device). float32 that must not be rounded to TF32 has its own mainloop (docs/float32.md).
+    ``whole_columns``: as training computes up to 1024 rows.
     """
     n, k = weight.shape
     m = x.numel() // max(k, 1)
     exact = ieee(x)
-    if not (float32_pays(m, n, k) if exact else pays(m, n, k)):
-        return "a product this small is faster in the library"
     if not is_hopper(x.device):
         return "not a Hopper GPU"
+    if not (float32_pays(m, n, k) if exact else pays(m, n, k, x.get_device(), 1, whole_columns)):
+        return "a product of this size is faster in the library"
     if exact and float32_off():
         return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
     if n % (16 // x.element_size()):
@@ -146,11 +167,25 @@ def why_not_product(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def pays(m: int, n: int, k: int) -> bool:
-    """Whether the Hopper GEMM is expected to be at least as fast as the library's: a rule drawn from a dozen measured
-    sizes (see docs/kernels-gemm.md), not a table of all."""
-    columns = -(-n // 256)
-    return m >= 256 and k >= 512 and -(-m // 256) * 2 * columns >= 100 and 256 * columns <= n + n // 4
+def pays(m: int, n: int, k: int, device: int, spared: int = 0, whole_columns: bool = False) -> bool:
+    """Whether the Hopper GEMM is expected to be no slower than the library's and ``spared`` passes, reading and writing
+    the result, behind it: a rule drawn from some hundred measured sizes (see docs/kernels-gemm.md), not a table of all.
+
+    The library chooses among tiles of many sizes, this kernel has one: what it computes beyond the result, in tiles
+    over the edge and in a last round that is not full, is time lost.
+    """
+    rows, columns = -(-m // 256), -(-n // 256)
+    if m < 256 or k < 512 or rows * columns < 50 or 256 * columns > n + n // 4:
+        return False
+    clusters = processors(device) // 2
+    if whole_columns and rows <= min(4, clusters):
+        clusters -= clusters % rows
+    rounds = -(-rows * columns // clusters)
+    return 65536 * clusters * rounds <= m * n * (_LIBRARY_LOSES + spared * _PASS / k)
+
+
+_LIBRARY_LOSES = 1.05  # the library's own tiles, of those that would fill the device
+_PASS = 240.0  # a pass over the result beside a product of K = 1, which takes so much less
 
 
 def float32_pays(m: int, n: int, k: int) -> bool:

@@ -16,7 +16,7 @@ from fxfuse.kernels.loader import KernelError
 
 from ._kinds import Kind, whole
 from ._op import Differentiable, Op
-from ._product import linear_backward
+from ._product import LinearBackward
 
 
 class Step:
@@ -29,6 +29,7 @@ class Step:
         self.op = op
         self.tensors, self.kept, self.update = op.tensors, op.kept, op.update
         self.act = kernels.Act(*numbers)
+        self.products = LinearBackward(x, weight)
         self.output = kernels.from_output(self.act)
         self.product = self.output and gemm.why_not_product(x, weight) is None
 
@@ -51,7 +52,7 @@ class Step:
     ) -> Sequence[Tensor | None]:
         x, weight, bias = args[:3]
         dz, db = kernels.backward(grad, saved[0], self.act, self.output, bias is not None and wanted[2])
-        return linear_backward(dz, 1.0, x, weight, bias, wanted, db)
+        return self.products(dz, x, weight, bias, wanted, db)
 
     def again(self, saved: Sequence[Tensor], *args: Any) -> Any:
         return self.op.again(saved, *args)

@@ -120,7 +120,7 @@ def kernel_training(
     if mean is not None and var is not None and not (update and mean.is_contiguous() and var.is_contiguous()):
         mean, var = mean.clone(memory_format=torch.contiguous_format), var.clone(memory_format=torch.contiguous_format)
     small = not keep and small_gemm.why_not(x, weight, "training") is None
-    product = not small and gemm.why_not_product(x, weight) is None
+    product = not small and gemm.why_not_product(x, weight, True) is None
     done: tuple[Tensor, Tensor | None, Tensor] | None = None
     if small:
         out = small_gemm.batchnorm(x, weight, c, mean, var, out_dtype, training=True, momentum=momentum)(x)

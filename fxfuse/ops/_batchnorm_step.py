@@ -22,7 +22,7 @@ from fxfuse.kernels.batchnorm_step import TrainingStep, Vectors
 from ._batchnorm import scaled_dtype
 from ._kinds import Kind, whole
 from ._op import Differentiable, Op
-from ._product import linear_backward
+from ._product import LinearBackward
 
 
 class Step:
@@ -36,6 +36,7 @@ class Step:
         self.op = op
         self.tensors, self.kept, self.update = op.tensors, op.kept, op.update
         out_dtype = scaled_dtype(x, scale, None)
+        self.products = LinearBackward(x, weight)
         self.calls = TrainingStep(x, weight, Vectors(bias, scale, gamma, beta, mean, var), out_dtype)
 
     def forward(
@@ -72,7 +73,7 @@ class Step:
             grad, acc, statistics, vectors, alpha, eps, asked
         )
         del acc  # not needed beside its gradient and those that come of it
-        dx, dw, _ = linear_backward(d_acc, 1.0, x, weight, None, wanted)
+        dx, dw = self.products(d_acc, x, weight, None, wanted)[:2]
         return dx, dw, d_bias, d_scale, None, d_gamma, d_beta, None, None
 
     def again(self, saved: Sequence[Tensor], *args: Any) -> Any:

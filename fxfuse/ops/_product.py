@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxfuse.kernels import float32_gemm
+from fxfuse.kernels import float32_gemm, half_gemm
 from fxfuse.kernels import matmul_div_sum_scale as collapse
 
 from ._road import wide
@@ -46,6 +46,29 @@ def linear_backward(
     return dx, dw, db
 
 
+class LinearBackward:
+    """`linear_backward` for steps of one kind (see _kinds.py), whose kernel is found once: matrices x and weight of the
+    shapes, strides, dtypes and alignment of those given here, dz contiguous and on 16 bytes."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self._kernel = half_gemm.Gradients(x, weight)
+
+    def __call__(
+        self,
+        dz: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: Sequence[bool],
+        db: Tensor | None = None,
+    ) -> Sequence[Tensor | None]:
+        if not self._kernel.taken:
+            return linear_backward(dz, 1.0, x, weight, bias, wanted, db)
+        if db is None and bias is not None and wanted[2]:
+            db = _column_sums(dz, 1.0)
+        return *self._kernel(dz, x, weight, wanted[0], wanted[1]), db
+
+
 def _column_sums(dz: Tensor, factor: float) -> Tensor:
     """factor · the sums of dz's columns, in its dtype: by our kernel, for ATen's takes scratch of several times dz."""
     if dz.is_cuda and dz.numel() and collapse.why_not(dz, dz) is None:
@@ -57,6 +80,5 @@ def _column_sums(dz: Tensor, factor: float) -> Tensor:
 def _of_matrices(a: Tensor, b: Tensor, factor: float) -> Tensor:
     if factor != 1:
         return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=factor)
-    if a.dtype is torch.float32 and float32_gemm.why_not(a, b) is None:
-        return float32_gemm.matmul(a, b)
-    return torch.mm(a, b)
+    kernel = float32_gemm if a.dtype is torch.float32 else half_gemm
+    return kernel.matmul(a, b) if kernel.why_not(a, b) is None else torch.mm(a, b)

@@ -432,7 +432,7 @@ def _launch(args: tuple[Any, ...], batches: Tensor | None) -> Launch | None:
     rest = (mean, var, scaled_dtype(x, scale, divisor), training, momentum, batches)
     if small_gemm.why_not(x, weight, mode(training)) is None:
         return small_gemm.batchnorm(x, weight, c, *rest)
-    if gemm.why_not_product(x, weight) is None:
+    if gemm.why_not_product(x, weight, training) is None:
         if not training:
             return small_gemm.large_evaluation(x, weight, c, mean, var, rest[2])
         if not kernels.one_kernel(x, rest[2]):

@@ -25,6 +25,25 @@ ACTS = [
 ]
 
 
+#: How A [M, K] and B [K, N] lie in memory: x Wᵀ, dY W, dYᵀ X.
+LAYOUTS = ("forward", "d_input", "d_weight")
+
+
+def lay(a: torch.Tensor, b: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same matrices; rows in memory a multiple of 16 bytes apart, with NaN between them."""
+    left, right = (a.t() if layout == "d_weight" else a), (b.t() if layout == "forward" else b)
+    left, right = padded(left), padded(right)
+    return (left.t() if layout == "d_weight" else left), (right.t() if layout == "forward" else right)
+
+
+def padded(matrix: torch.Tensor) -> torch.Tensor:
+    rows, columns = matrix.shape
+    unit = 16 // matrix.element_size()
+    memory = torch.full((rows, -(-columns // unit) * unit + unit), math.nan, dtype=matrix.dtype, device=matrix.device)
+    memory[:, :columns] = matrix
+    return memory[:, :columns]
+
+
 def dtype_of(kind: str) -> torch.dtype:
     return torch.float32 if kind == "tf32" else getattr(torch, kind)
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from products import LAYOUTS, lay
 from torch.nn import functional as F
 from uninitialised import fill_with_nan
 
@@ -20,8 +21,6 @@ pytestmark = [
     ),
 ]
 
-#: How A [M, K] and B [K, N] lie in memory: x Wᵀ, dY W, dYᵀ X.
-LAYOUTS = ("forward", "d_input", "d_weight")
 #: Large enough that the library does not split along K, as wherever the kernel is used (``gemm.float32_pays``).
 SIZES = [(1030, 2052, 16), (1000, 2056, 100), (2049, 1156, 1000), (1030, 2052, 4100), (1024, 2048, 8192)]
 #: Awkward ones: less than a tile, just over one, short and long K.
@@ -36,20 +35,6 @@ def setting(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(gemm, "float32_pays", lambda m, n, k: True)
     fill_with_nan(monkeypatch)
-
-
-def lay(a: torch.Tensor, b: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same matrices; rows in memory a multiple of 16 bytes apart, with NaN between them."""
-    left, right = (a.t() if layout == "d_weight" else a), (b.t() if layout == "forward" else b)
-    left, right = padded(left), padded(right)
-    return (left.t() if layout == "d_weight" else left), (right.t() if layout == "forward" else right)
-
-
-def padded(matrix: torch.Tensor) -> torch.Tensor:
-    rows, columns = matrix.shape
-    memory = torch.full((rows, -(-columns // 4) * 4 + 4), math.nan, device=matrix.device)
-    memory[:, :columns] = matrix
-    return memory[:, :columns]
 
 
 def random(rows: int, columns: int) -> torch.Tensor:

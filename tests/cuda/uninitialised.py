@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxfuse.kernels import (
     batchnorm_step,
+    half_gemm,
     kl_div,
     linear_activation_scale,
     linear_scale_batchnorm1d,
@@ -32,7 +33,7 @@ def fill_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     for place, name in (
         (torch, "empty"), (torch, "empty_like"), (kl_div, "allocate"), (small_gemm, "allocate"),
         (matmul_div_sum_scale, "allocate"), (linear_scale_batchnorm1d, "allocate"), (batchnorm_step, "allocate"),
-        (linear_activation_scale, "allocate"),
+        (linear_activation_scale, "allocate"), (half_gemm, "allocate"),
     ):  # fmt: skip
         allocate = getattr(place, name)
 

@@ -22,4 +22,11 @@ cudaError_t gemm(const Operands& p, const typename Epilogue::Params& epilogue, i
   return launch_gemm<DirectMainloop<Element, 128, 5, 1>, Epilogue, Out, 2>(p, epilogue, kBand, device, sm_count, stream);
 }
 
+// The product itself, of 16-bit operands that may lie along M and N (see DirectMainloop).
+template <typename In, bool A_ALONG_M, bool B_ALONG_N>
+cudaError_t plain_gemm(const Operands& p, int device, int sm_count, cudaStream_t stream) {
+  using Mainloop = DirectMainloop<In, 256, 4, 2, A_ALONG_M, B_ALONG_N>;
+  return launch_gemm<Mainloop, Identity, In, 2>(p, {}, kBand, device, sm_count, stream);
+}
+
 }  // namespace fxfuse::hopper

@@ -51,9 +51,12 @@ template <> struct TensorMapType<TF32> {  // the copy engine rounds to nearest o
 // ELEMENT: __nv_bfloat16, __half or TF32. A block's tile is 128 x BN, 64 rows for each of two consumer warpgroups; a stage
 // holds 128 bytes of K. CLUSTER blocks below each other share their tile of B: each loads its part and multicasts it.
 //
+// A_ALONG_M: A lies as [K, M] in memory; B_ALONG_N: B as [K, N]. Of 16-bit elements only.
+//
 // The second warpgroup starts STAGGER stages after the first and stays behind: while one writes its tile, the other still
 // feeds the tensor cores.
-template <typename ELEMENT, int BN, int STAGES, int CLUSTER, int STAGGER = 0>
+template <typename ELEMENT, int BN, int STAGES, int CLUSTER, bool A_ALONG_M = false, bool B_ALONG_N = false,
+          int STAGGER = 0>
 struct DirectMainloop {
   using Element = ELEMENT;
   struct Params {};
@@ -61,9 +64,12 @@ struct DirectMainloop {
   static constexpr bool kPrepares = false;
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // of 64,512 for 128 and 256 threads
   static constexpr int kBlockM = 128, kBlockN = BN, kConsumers = 2, kCluster = CLUSTER;
-  static constexpr int kElementBytes = TensorMapType<Element>::kBytes;
+  static constexpr int kElementBytes = TensorMapType<Element>::kBytes, kInstructionK = kInstructionBytes / kElementBytes;
   static constexpr int kBlockK = kRowBytes / kElementBytes;
   static constexpr int kBoxRowsA = kBlockM, kBoxRowsB = BN / CLUSTER;
+  static constexpr int kBoxColumns = kBlockK, kBoxBytes = kBlockK * kRowBytes;  // of an operand that lies along M or N
+  static constexpr int kStepA = A_ALONG_M ? kInstructionK * kRowBytes : kInstructionBytes;  // in a stage, of an instruction
+  static constexpr int kStepB = B_ALONG_N ? kInstructionK * kRowBytes : kInstructionBytes;
   static constexpr int kBytesA = kBlockM * kRowBytes, kBytesB = BN * kRowBytes;
   static constexpr int kStageBytes = kBytesA + kBytesB;
   static constexpr int kSharedBytes = STAGES * kStageBytes;
@@ -74,8 +80,11 @@ struct DirectMainloop {
 
   static cudaError_t tensor_maps(CUtensorMap* a, CUtensorMap* b, const Operands& p) {
     using In = TensorMapType<Element>;
-    const cudaError_t error = make_tensor_map(a, In::kType, In::kBytes, p.a, p.m, p.k, p.pitch_a, kBoxRowsA);
-    return error != cudaSuccess ? error : make_tensor_map(b, In::kType, In::kBytes, p.b, p.n, p.k, p.pitch_b, kBoxRowsB);
+    const cudaError_t error = A_ALONG_M ? make_tensor_map(a, In::kType, In::kBytes, p.a, p.k, p.m, p.pitch_a, kBlockK)
+                                        : make_tensor_map(a, In::kType, In::kBytes, p.a, p.m, p.k, p.pitch_a, kBoxRowsA);
+    if (error != cudaSuccess) return error;
+    return B_ALONG_N ? make_tensor_map(b, In::kType, In::kBytes, p.b, p.k, p.n, p.pitch_b, kBlockK)
+                     : make_tensor_map(b, In::kType, In::kBytes, p.b, p.n, p.k, p.pitch_b, kBoxRowsB);
   }
   static Params params(const Operands&) { return {}; }
   static __device__ __forceinline__ int row(int consumer, int) { return consumer * kInstructionM; }
@@ -88,12 +97,22 @@ struct DirectMainloop {
     for (int k = 0; k < blocks; ++k, ring.advance()) {
       const uint32_t full = ring.acquire(kStageBytes);
       const uint32_t stage = shared + ring.stage() * kStageBytes;
-      tma_load(stage, a, full, k * kBlockK, m);
-      if constexpr (CLUSTER == 1) {
-        tma_load(stage + kBytesA, b, full, k * kBlockK, n);
+      if constexpr (A_ALONG_M) {
+#pragma unroll
+        for (int i = 0; i < kBlockM / kBoxColumns; ++i) tma_load(stage + i * kBoxBytes, a, full, m + i * kBoxColumns, k * kBlockK);
       } else {
-        tma_load_multicast(stage + kBytesA + rank * kBoxRowsB * kRowBytes, b, full, k * kBlockK, n + int(rank) * kBoxRowsB,
-                           uint16_t((1 << CLUSTER) - 1));
+        tma_load(stage, a, full, k * kBlockK, m);
+      }
+      const int first = int(rank) * kBoxRowsB;  // of the block's part of B
+      const auto load_b = [&](int at, int column, int row) {
+        if constexpr (CLUSTER == 1) tma_load(stage + kBytesA + at, b, full, column, row);
+        else tma_load_multicast(stage + kBytesA + at, b, full, column, row, uint16_t((1 << CLUSTER) - 1));
+      };
+      if constexpr (B_ALONG_N) {
+#pragma unroll
+        for (int i = 0; i < kBoxRowsB; i += kBoxColumns) load_b((first + i) * kRowBytes, n + first + i, k * kBlockK);
+      } else {
+        load_b(first * kRowBytes, k * kBlockK, n + first);
       }
     }
   }
@@ -107,8 +126,9 @@ struct DirectMainloop {
     float(&acc)[kAccumulators] = accumulators[0];
     const int start_other = STAGGER > 0 && first ? (blocks < STAGGER ? blocks : STAGGER) - 1 : -1;
     if (STAGGER > 0 && first && warpgroup == 1) named_barrier<2 * kWarpgroup>(kStaggerBarrier);
-    const uint64_t a = matrix_descriptor(shared + warpgroup * kInstructionM * kRowBytes);
-    const uint64_t b = matrix_descriptor(shared + kBytesA);
+    const auto describe = [](uint32_t at, bool across) { return across ? matrix_descriptor_across(at, kBlockK) : matrix_descriptor(at); };
+    const uint64_t a = describe(shared + warpgroup * kInstructionM * kRowBytes, A_ALONG_M);
+    const uint64_t b = describe(shared + kBytesA, B_ALONG_N);
     int previous = 0;
     const auto multiply = [&](int from, int to) {
 #pragma unroll 2
@@ -119,8 +139,8 @@ struct DirectMainloop {
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kRowBytes / kInstructionBytes; ++step) {
-          const uint64_t along = offset + step * (kInstructionBytes >> 4);
-          Wgmma<Element>::multiply(acc, a + along, b + along, k > 0 || step > 0);
+          const uint64_t at_a = a + offset + step * (kStepA >> 4), at_b = b + offset + step * (kStepB >> 4);
+          Wgmma<Element>::template multiply<A_ALONG_M, B_ALONG_N>(acc, at_a, at_b, k > 0 || step > 0);
         }
         wgmma_commit();
         wgmma_pin(acc);

@@ -1,7 +1,7 @@
 // The tensor cores: wgmma of one warpgroup, both operands in 128-byte swizzled shared memory, float32 accumulators.
 //
-// A warpgroup multiplies a 64 x K tile of A by an N x K tile of B (both with K contiguous) where K is 32 bytes. Accumulator
-// i of a thread: row 16 * warp + lane / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
+// A warpgroup multiplies a 64 x K tile of A by an N x K tile of B where K is 32 bytes. Both have K contiguous; of 16-bit
+// elements either may lie the other way, its rows along M or N. Accumulator i of a thread: row 16 * warp + lane / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,7 +23,14 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared) {
   return kSwizzle128 | kGroupStride | kUnused | ((shared & 0x3FFFF) >> 4);
 }
 
-// The same for rows of 64 bytes: groups of 8 rows 512 bytes apart, 64-byte swizzle (16-byte unit u of row r lies at unit
+// Describes a tile that lies along M or N: boxes of `rows` rows of 128 bytes, a row for each element along K, side by side and
+// 128-byte swizzled. Groups of 8 rows are 1024 bytes apart, boxes 128 * rows bytes. Adding 8 steps one row along K.
+__device__ __forceinline__ uint64_t matrix_descriptor_across(uint32_t shared, int rows) {
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kGroupStride = uint64_t(1024 >> 4) << 32;
+  return kSwizzle128 | kGroupStride | uint64_t(rows * 128 >> 4) << 16 | ((shared & 0x3FFFF) >> 4);
+}
+
+// The same as matrix_descriptor for rows of 64 bytes: groups of 8 rows 512 bytes apart, 64-byte swizzle (16-byte unit u of row r lies at unit
 // u ^ (r / 2 % 4)). The tile starts at a multiple of 512 bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor_64(uint32_t shared) {
   constexpr uint64_t kSwizzle64 = uint64_t(2) << 62, kGroupStride = uint64_t(512 >> 4) << 32, kUnused = uint64_t(1) << 16;
@@ -64,40 +71,45 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[COUNT]) {
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-// d += A B (d = A B where accumulate is 0). A, B, P: the numbers of the operands that follow the accumulators.
-#define FXFUSE_WGMMA(SHAPE_AND_TYPES, COUNT, A, B, P, MODIFIERS)                                       \
+// d += A B (d = A B where accumulate is 0). A, B, P: the numbers of the operands that follow the accumulators; what else
+// the instruction is told is in MODIFIERS, whose own operands follow those.
+#define FXFUSE_WGMMA(SHAPE_AND_TYPES, COUNT, A, B, P, MODIFIERS, ...)                                  \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                        \
                "wgmma.mma_async.sync.aligned." SHAPE_AND_TYPES " {" FXFUSE_LIST_##COUNT "}, %" #A ", %" #B ", p, " MODIFIERS ";\n}" \
-               : FXFUSE_ACC_##COUNT : "l"(a), "l"(b), "r"(accumulate))
+               : FXFUSE_ACC_##COUNT : "l"(a), "l"(b), "r"(accumulate) __VA_ARGS__)
+#define FXFUSE_WGMMA_16_BIT(TYPES)                                                                                     \
+  template <bool A_ALONG_M, bool B_ALONG_N>                                                                            \
+  static __device__ __forceinline__ void multiply(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {           \
+    FXFUSE_WGMMA("m64n256k16.f32." TYPES, 128, 128, 129, 130, "1, 1, %131, %132", , "n"(int(A_ALONG_M)), "n"(int(B_ALONG_N))); \
+  }                                                                                                                    \
+  template <bool A_ALONG_M, bool B_ALONG_N>                                                                            \
+  static __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {            \
+    FXFUSE_WGMMA("m64n128k16.f32." TYPES, 64, 64, 65, 66, "1, 1, %67, %68", , "n"(int(A_ALONG_M)), "n"(int(B_ALONG_N)));       \
+  }
 // clang-format on
 
+// A_ALONG_M, B_ALONG_N: described by matrix_descriptor_across.
 template <typename Element>
 struct Wgmma;
 
 template <>
 struct Wgmma<__nv_bfloat16> {
-  static __device__ __forceinline__ void multiply(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
-    FXFUSE_WGMMA("m64n256k16.f32.bf16.bf16", 128, 128, 129, 130, "1, 1, 0, 0");
-  }
-  static __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-    FXFUSE_WGMMA("m64n128k16.f32.bf16.bf16", 64, 64, 65, 66, "1, 1, 0, 0");
-  }
+  FXFUSE_WGMMA_16_BIT("bf16.bf16")
 };
 template <>
 struct Wgmma<__half> {
-  static __device__ __forceinline__ void multiply(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
-    FXFUSE_WGMMA("m64n256k16.f32.f16.f16", 128, 128, 129, 130, "1, 1, 0, 0");
-  }
-  static __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-    FXFUSE_WGMMA("m64n128k16.f32.f16.f16", 64, 64, 65, 66, "1, 1, 0, 0");
-  }
+  FXFUSE_WGMMA_16_BIT("f16.f16")
 };
 template <>
 struct Wgmma<TF32> {
+  template <bool A_ALONG_M, bool B_ALONG_N>
   static __device__ __forceinline__ void multiply(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+    static_assert(!A_ALONG_M && !B_ALONG_N, "of 16-bit elements only");
     FXFUSE_WGMMA("m64n256k8.f32.tf32.tf32", 128, 128, 129, 130, "1, 1");
   }
+  template <bool A_ALONG_M, bool B_ALONG_N>
   static __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+    static_assert(!A_ALONG_M && !B_ALONG_N, "of 16-bit elements only");
     FXFUSE_WGMMA("m64n128k8.f32.tf32.tf32", 64, 64, 65, 66, "1, 1");
   }
 };
@@ -114,6 +126,7 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[64], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate));
 }
 
+#undef FXFUSE_WGMMA_16_BIT
 #undef FXFUSE_WGMMA
 
 }  // namespace fxfuse::hopper

@@ -1,0 +1,111 @@
+"""The two products of a backward pass: which kernel takes them, and how their operands lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxfuse.kernels import float32_gemm, gemm, half_gemm
+from fxfuse.ops import _product
+
+M, N, K = 24, 16, 40
+
+
+def test_sides_say_how_operands_lie():
+    a, b = torch.randn(M, K, dtype=torch.bfloat16), torch.randn(K, N, dtype=torch.bfloat16)
+    for left, right, across in (
+        (a, b, (False, True)),
+        (a, b.t().contiguous().t(), (False, False)),
+        (a.t().contiguous().t(), b, (True, True)),
+    ):
+        found = gemm.sides(left, right)
+        assert found is not None and found[2:] == across
+        for matrix, whole in ((found[0], left), (found[1], right)):
+            assert matrix.stride(1) == 1 and gemm.pitch(matrix) == matrix.stride(0)
+            assert matrix.data_ptr() == whole.data_ptr()
+        assert found[0].shape == ((K, M) if across[0] else (M, K))
+        assert found[1].shape == ((K, N) if across[1] else (N, K))
+
+
+def test_sides_are_none_where_the_copy_engine_cannot_read():
+    a, b = torch.randn(M, K, dtype=torch.bfloat16), torch.randn(K, N, dtype=torch.bfloat16)
+    assert gemm.sides(a.t().contiguous().t(), b.t().contiguous().t()) is None  # only a's rows lie across
+    assert gemm.sides(a[:, 1:], b[1:]) is None  # not on 16 bytes
+    assert gemm.sides(torch.randn(M, K + 3, dtype=torch.bfloat16)[:, :K], b) is None  # nor are its rows
+    assert gemm.sides(a[:, ::2], b[::2]) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [(torch.bfloat16, half_gemm), (torch.float16, half_gemm), (torch.float32, float32_gemm)]
+)
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_gradients_of_a_product_go_by_the_kernel_that_takes_them(dtype, kernel, wanted, monkeypatch):
+    asked = []
+
+    def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        asked.append((a, b))
+        return a @ b
+
+    monkeypatch.setattr(kernel, "why_not", lambda a, b: None)
+    monkeypatch.setattr(kernel, "matmul", matmul)
+    dz, x, weight = (torch.randn(s).to(dtype) for s in ((M, N), (M, K), (N, K)))
+    dx, dw, db = _product.linear_backward(dz, 1.0, x, weight, None, (*wanted, False))
+    assert db is None and (dx is None, dw is None) == (not wanted[0], not wanted[1])
+    expected = [pair for pair, want in zip([(dz, weight), (dz.t(), x)], wanted, strict=True) if want]
+    for operands, pair in zip(asked, expected, strict=True):
+        for got, want in zip(operands, pair, strict=True):
+            assert got.data_ptr() == want.data_ptr() and got.stride() == want.stride() and got.shape == want.shape
+    for got, (a, b) in zip([t for t in (dx, dw) if t is not None], expected, strict=True):
+        assert torch.equal(got, a @ b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_products_on_the_cpu_stay_with_the_library(dtype, monkeypatch):
+    for kernel in (half_gemm, float32_gemm):
+        monkeypatch.setattr(kernel, "matmul", lambda a, b: pytest.fail("there is no kernel for the CPU"))
+    dz, x, weight = (torch.randn(s).to(dtype) for s in ((512, 4096), (512, 512), (4096, 512)))
+    dx, dw, _ = _product.linear_backward(dz, 1.0, x, weight, None, (True, True, False))
+    assert torch.equal(dx, dz @ weight) and torch.equal(dw, dz.t() @ x)
+
+
+def test_steps_of_one_kind_go_by_the_kernel_they_were_made_for(monkeypatch):
+    """A stand-in for the C function: which addresses and sizes it is given, for which gradients."""
+    told = []
+    monkeypatch.setattr(gemm, "is_hopper", lambda device: True)
+    monkeypatch.setattr(gemm, "pays", lambda m, n, k, device: k == N)  # by the input alone
+    monkeypatch.setattr(half_gemm, "stream", lambda device: 0)
+    monkeypatch.setattr(half_gemm, "allocate", lambda shape, strides, dtype, device: torch.zeros(shape, dtype=dtype))
+    functions = half_gemm._Functions(None, lambda *args: told.append(args))  # type: ignore[arg-type]
+    monkeypatch.setattr(half_gemm, "_functions", lambda: functions)
+    x, weight, dz = (torch.randn(s).bfloat16() for s in ((M, K), (N, K), (M, N)))
+    products = _product.LinearBackward(x, weight)
+    dx, dw, db = products(dz, x, weight, weight[:, 0], (True, True, True))
+    assert told == [
+        (dz.data_ptr(), x.data_ptr(), weight.data_ptr(), dx.data_ptr(), None, M, N, K, K, K, 2, x.get_device(), 0)
+    ]
+    assert torch.equal(dw, dz.t() @ x) and torch.equal(db, dz.sum(0))
+    assert products(dz, x, weight, None, (False, False, False)) == (None, None, None) and len(told) == 1
+
+
+def test_steps_of_one_kind_without_a_kernel(monkeypatch):
+    x, weight, dz = (torch.randn(s).bfloat16() for s in ((M, K), (N, K), (M, N)))
+    monkeypatch.setattr(gemm, "is_hopper", lambda device: False)
+    dx, dw, db = _product.LinearBackward(x, weight)(dz, x, weight, None, (True, True, False))
+    assert torch.equal(dx, dz @ weight) and torch.equal(dw, dz.t() @ x) and db is None
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "spared", "whole_columns", "taken"),
+    [
+        (1024, 8192, 8192, 0, False, True), (1024, 8192, 8192, 1, True, True), (16384, 4096, 4096, 0, False, True),
+        (2048, 2304, 2048, 0, False, False), (2048, 2304, 2048, 1, False, False),  # a round and a bit
+        (3072, 3072, 2048, 0, False, False), (3072, 3072, 512, 1, False, True),  # where passes outweigh it
+        (320, 32768, 512, 0, False, False), (640, 32768, 8192, 1, False, False),  # tiles over the edge
+        (1024, 8448, 2048, 1, False, True), (1024, 8448, 2048, 1, True, False),  # 64 clusters of 66
+        (255, 32768, 8192, 1, False, False), (8192, 8192, 511, 1, False, False), (1024, 2048, 8192, 1, False, False),
+    ],
+)  # fmt: skip
+def test_which_products_pay_on_132_multiprocessors(m, n, k, spared, whole_columns, taken, monkeypatch):
+    """As measured on an H200: see docs/kernels-gemm.md."""
+    monkeypatch.setattr(gemm, "processors", lambda device: 132)
+    assert gemm.pays(m, n, k, 0, spared, whole_columns) is taken
