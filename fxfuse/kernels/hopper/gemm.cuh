@@ -57,7 +57,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
     tma_prefetch(&map_out);
     ring.initialise();
     mbarrier_init(columns_full, kColumnThreads);
-    mbarrier_init(columns_empty, Mainloop::kConsumers * kWarpgroup / kWarp);
+    mbarrier_init(columns_empty, Mainloop::kConsumers * kWarpgroup);
     mbarrier_init(through, Mainloop::kConsumers * kWarpgroup / kWarp);
     mbarrier_init(laid, Mainloop::kConsumers * kWarpgroup / kWarp);
     mbarrier_init_fence();
@@ -177,7 +177,7 @@ gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ C
             Writer::template write<Epilogue::kColumns>(apply, acc[half], columns, staging, &map_out,
                                                        m + Mainloop::row(consumer, half), n, thread);
         });
-        if (Epilogue::kColumns && thread % kWarp == 0) mbarrier_arrive(columns_empty);  // the writer's last step was the warp's
+        if (Epilogue::kColumns) mbarrier_arrive(columns_empty);
         parity ^= 1;
       }
     }
