@@ -34,6 +34,7 @@ class Heard:
             fresh: dict[int, str] = {}
 
             def named(a: Any) -> Any:
+                a = getattr(a, "value", a)  # as ctypes has it
                 if type(a) is not int or a < 1 << 20:  # every address is larger, and no size
                     return a
                 return self.names.get(a) or fresh.setdefault(a, f"fresh {len(fresh)}")

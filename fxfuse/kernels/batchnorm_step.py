@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxfuse.kernels import gemm
 from fxfuse.kernels import linear_scale_batchnorm1d as kernels
-from fxfuse.kernels.abi import DTYPE_CODE, allocate, pointer, stream
+from fxfuse.kernels.abi import DTYPE_CODE, I64, INT, allocate, pointer, stream
 from fxfuse.kernels.counters import counters_of
 
 __all__ = ["TrainingStep", "Vectors"]
@@ -40,16 +40,20 @@ class TrainingStep:
         self.shape, self.strides = (m, n), (n, 1)
         self.product = gemm.why_not_product(x, weight, True) is None
         self.one_kernel = self.product and kernels.one_kernel(x, out_dtype)
-        self._codes = [kernels.vector(t)[1] for t in vectors]
+        # as C takes them: ctypes need not turn them into that at each call
+        self._codes = [INT(kernels.vector(t)[1]) for t in vectors]
+        self._none = None, INT(0)
         if self.one_kernel:
             a, b = gemm.rows(x), gemm.rows(weight)
             assert a is not None and b is not None
-            self._sizes = m, n, k, a[1], b[1]
+            self._sizes = tuple(map(I64, (m, n, k, a[1], b[1])))
             partials = -(-m // kernels.PRODUCT_ROWS) * n
             self._scratch, self._maps = (2 * (partials + n),), 8 * partials
             self._counters = kernels.counters_for(n)
-            self._end = gemm.ieee(x), DTYPE_CODE[x.dtype], device
+            self._end = tuple(map(INT, (gemm.ieee(x), DTYPE_CODE[x.dtype], device)))
         self._pairs = kernels.backward_scratch(m, n, True, x.dtype, out_dtype, device)
+        self._rows_columns = I64(m), I64(n)
+        self._backward_end = tuple(map(INT, (DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], device)))
 
     def train(
         self, x: Tensor, weight: Tensor, vectors: Vectors, alpha: float, eps: float, momentum: float,
@@ -69,7 +73,7 @@ class TrainingStep:
         done = kernels.call_train(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), acc.data_ptr(), partials, partials + self._maps,
             counters_of(x.device, queue, self._counters).data_ptr(), saved.data_ptr(), pointer(batches), *self._sizes,
-            pointer(bias), code[0], pointer(scale), code[1], None, 0, alpha, pointer(gamma), code[2], pointer(beta),
+            pointer(bias), code[0], pointer(scale), code[1], *self._none, alpha, pointer(gamma), code[2], pointer(beta),
             code[3], eps, pointer(mean), code[4], pointer(var), code[5], momentum, *self._end, queue,
         )  # fmt: skip
         return (out, acc, saved) if done else None
@@ -93,8 +97,8 @@ class TrainingStep:
         code = self._codes
         kernels.functions().backward(
             grad.data_ptr(), acc.data_ptr(), saved.data_ptr(), found.data_ptr(), pointer(scratch), pointer(d_gamma),
-            pointer(d_beta), pointer(d_bias), None, pointer(d_scale), *self.shape, pointer(bias), code[0],
-            pointer(scale), code[1], None, 0, alpha, pointer(gamma), code[2], pointer(beta), code[3], eps,
-            DTYPE_CODE[self.dtype], DTYPE_CODE[self.out_dtype], device, stream(device),
+            pointer(d_beta), pointer(d_bias), None, pointer(d_scale), *self._rows_columns, pointer(bias), code[0],
+            pointer(scale), code[1], *self._none, alpha, pointer(gamma), code[2], pointer(beta), code[3], eps,
+            *self._backward_end, stream(device),
         )  # fmt: skip
         return found, by

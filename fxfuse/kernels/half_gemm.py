@@ -85,13 +85,15 @@ class Gradients:
         if self.taken:
             assert a is not None and b is not None
             self._x, self._weight = (m, k), (n, k)
-            self._end = m, n, k, a[1], b[1], DTYPE_CODE[x.dtype], device
+            self._device = device
+            # as C takes them: ctypes need not turn them into that at each call
+            self._end = *map(I64, (m, n, k, a[1], b[1])), INT(DTYPE_CODE[x.dtype]), INT(device)
 
     def __call__(
         self, dz: Tensor, x: Tensor, weight: Tensor, by_x: bool, by_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """(dx, dw), None where not wanted, for dz [M, N], contiguous and on 16 bytes."""
-        dtype, device = x.dtype, self._end[-1]
+        dtype, device = x.dtype, self._device
         dx = allocate(self._x, (self._x[1], 1), dtype, device) if by_x and self._dx else None
         dw = allocate(self._weight, (self._weight[1], 1), dtype, device) if by_weight and self._dw else None
         if dx is not None or dw is not None:

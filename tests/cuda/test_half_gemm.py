@@ -118,6 +118,17 @@ def test_on_another_stream_and_in_a_graph():
         assert torch.equal(captured, half_gemm.matmul(a, b))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_another_device_than_the_current_one():
+    a, b = random(torch.bfloat16, 512, 1024), random(torch.bfloat16, 1024, 512)
+    want, x, weight = half_gemm.matmul(a, b), a.to("cuda:1"), b.to("cuda:1").t().contiguous()
+    got = half_gemm.matmul(x, weight.t())
+    one = torch.eye(512, dtype=a.dtype, device=x.device)
+    dx, dw = half_gemm.Gradients(x, weight)(one, x, weight, True, True)
+    assert got.device == dx.device == dw.device == x.device and torch.cuda.current_device() == 0
+    assert torch.equal(got.cpu(), want.cpu()) and torch.equal(dx, weight) and torch.equal(dw, x)
+
+
 def test_what_does_not_fit_stays_with_the_library(monkeypatch):
     a, b = random(torch.bfloat16, 512, 512), random(torch.bfloat16, 512, 512)
     assert half_gemm.why_not(a, b) is None
