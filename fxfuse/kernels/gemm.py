@@ -184,8 +184,8 @@ def pays(m: int, n: int, k: int, device: int, spared: int = 0, whole_columns: bo
     return 65536 * clusters * rounds <= m * n * (_LIBRARY_LOSES + spared * _PASS / k)
 
 
-_LIBRARY_LOSES = 1.05  # the library's own tiles, of those that would fill the device
-_PASS = 240.0  # a pass over the result beside a product of K = 1, which takes so much less
+_LIBRARY_LOSES = 1.05  # to tiles of its own that do not fill the device
+_PASS = 240.0  # a pass's time over a product's, times K: 300 by _RATE and _BANDWIDTH, and part of it stays in L2
 
 
 def float32_pays(m: int, n: int, k: int) -> bool:

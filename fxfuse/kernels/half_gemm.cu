@@ -43,9 +43,10 @@ FXFUSE_API int fxfuse_half_gemm_gradients(const void* dz, const void* x, const v
   return with_half(dtype, [&](auto type) {
     using T = decltype(type);
     cudaError_t error = cudaSuccess;
-    if (dx != nullptr) error = hopper::plain_gemm<T, false, true>({dz, weight, dx, m, k, n, n, pitch_w, k}, device, props->sm_count, s);
+    const hopper::Operands by_x{dz, weight, dx, m, k, n, n, pitch_w, k}, by_weight{dz, x, dw, n, k, m, n, pitch_x, k};
+    if (dx != nullptr) error = hopper::plain_gemm<T, false, true>(by_x, device, props->sm_count, s);
     if (dw != nullptr && error == cudaSuccess)
-      error = hopper::plain_gemm<T, true, true>({dz, x, dw, n, k, m, n, pitch_x, k}, device, props->sm_count, s);
+      error = hopper::plain_gemm<T, true, true>(by_weight, device, props->sm_count, s);
     return error;
   });
 }

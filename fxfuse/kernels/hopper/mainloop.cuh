@@ -126,7 +126,9 @@ struct DirectMainloop {
     float(&acc)[kAccumulators] = accumulators[0];
     const int start_other = STAGGER > 0 && first ? (blocks < STAGGER ? blocks : STAGGER) - 1 : -1;
     if (STAGGER > 0 && first && warpgroup == 1) named_barrier<2 * kWarpgroup>(kStaggerBarrier);
-    const auto describe = [](uint32_t at, bool across) { return across ? matrix_descriptor_across(at, kBlockK) : matrix_descriptor(at); };
+    const auto describe = [](uint32_t at, bool across) {
+      return across ? matrix_descriptor_across(at, kBlockK) : matrix_descriptor(at);
+    };
     const uint64_t a = describe(shared + warpgroup * kInstructionM * kRowBytes, A_ALONG_M);
     const uint64_t b = describe(shared + kBytesA, B_ALONG_N);
     int previous = 0;

@@ -1,7 +1,8 @@
 // The tensor cores: wgmma of one warpgroup, both operands in 128-byte swizzled shared memory, float32 accumulators.
 //
 // A warpgroup multiplies a 64 x K tile of A by an N x K tile of B where K is 32 bytes. Both have K contiguous; of 16-bit
-// elements either may lie the other way, its rows along M or N. Accumulator i of a thread: row 16 * warp + lane / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
+// elements B, or A and B, may lie the other way, rows along M or N. Accumulator i of a thread: row
+// 16 * warp + lane / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,8 +31,8 @@ __device__ __forceinline__ uint64_t matrix_descriptor_across(uint32_t shared, in
   return kSwizzle128 | kGroupStride | uint64_t(rows * 128 >> 4) << 16 | ((shared & 0x3FFFF) >> 4);
 }
 
-// The same as matrix_descriptor for rows of 64 bytes: groups of 8 rows 512 bytes apart, 64-byte swizzle (16-byte unit u of row r lies at unit
-// u ^ (r / 2 % 4)). The tile starts at a multiple of 512 bytes.
+// As matrix_descriptor for rows of 64 bytes: groups of 8 rows 512 bytes apart, 64-byte swizzle (16-byte unit u of row r lies
+// at unit u ^ (r / 2 % 4)). The tile starts at a multiple of 512 bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor_64(uint32_t shared) {
   constexpr uint64_t kSwizzle64 = uint64_t(2) << 62, kGroupStride = uint64_t(512 >> 4) << 32, kUnused = uint64_t(1) << 16;
   return kSwizzle64 | kGroupStride | kUnused | ((shared & 0x3FFFF) >> 4);
