@@ -1,8 +1,9 @@
 """The CUDA suite under compute-sanitizer: ``python tests/sanitize.py [--tool TOOL] [--workers N] [pytest arguments]``.
 
-Each tool (memcheck, racecheck, synccheck unless named) goes over every test marked ``cuda``, in parts, N processes at
-a time; tests marked ``large`` come last, one process for all of them. Only kernels of this library are instrumented.
-Exits with 1 if a tool found anything or a test failed, and says what; all that a process printed stays in ``--out``.
+Each tool (memcheck, racecheck, synccheck unless named) goes over every test marked ``cuda``, in parts, N processes on
+each GPU at a time; tests marked ``large`` come last, one process for all of them. Only kernels of this library are
+instrumented. Exits with 1 if a tool found anything or a test failed, and says what, each part as it ends; all that a
+process printed stays in ``--out``.
 
 Every launch is waited for: else a tool keeps what it knows of each in the GPU's memory, tens of gigabytes of it. A
 capture of a CUDA graph allows neither that nor what a tool does around a launch: tests marked ``captures`` are left
@@ -21,10 +22,13 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
+import torch
 from tabulate import tabulate
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -63,15 +67,22 @@ def count(text: str, word: str) -> int:
     return int(found[1]) if found else 0
 
 
-def run(tool: str, part: str, mark: str, out: Path, arguments: list[str]) -> Run:
-    """``tool`` over the tests that ``mark`` and ``arguments`` select."""
+def gpus() -> list[str]:
+    """The GPUs as CUDA_VISIBLE_DEVICES names them; at least one, which need not be there."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",") if named else [str(i) for i in range(max(1, torch.cuda.device_count()))]
+
+
+def run(tool: str, part: str, mark: str, out: Path, arguments: list[str], gpu: str) -> Run:
+    """``tool`` over the tests that ``mark`` and ``arguments`` select, on one GPU."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     command += ["--report-api-errors", "no", "--force-blocking-launches", "--kernel-name", "kns=fxfuse"]
     command += [sys.executable, "-m", "pytest", "-m", mark, "-q", "-p", "no:cacheprovider", "--tb=short"]
     command += [*ARGUMENTS.get(tool, ()), *arguments]
     log, started = out / f"{tool}.{part}.log", time.monotonic()
     with log.open("wb") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     text = log.read_text(errors="replace")
     failed = count(text, "failed") + count(text, "errors?")
     said = re.findall(r"SUMMARY: (\d+ (?:errors?|hazards?)[^\n]*)", text)
@@ -81,33 +92,51 @@ def run(tool: str, part: str, mark: str, out: Path, arguments: list[str]) -> Run
     return Run(tool, part, log, count(text, "passed"), failed, found, time.monotonic() - started)
 
 
+def over(tool: str, n: int, workers: int, out: Path, arguments: list[str]) -> Iterator[Run]:
+    """``tool`` over all tests in ``n`` parts, ``workers`` on each GPU at a time; each run as it ends."""
+    free: SimpleQueue[str] = SimpleQueue()
+    for gpu in gpus() * workers:
+        free.put(gpu)
+
+    def one(i: int) -> Run:
+        gpu = free.get()
+        try:
+            return run(tool, f"{i + 1}-of-{n}", PARTS, out, [f"--part={i}/{n}", *arguments], gpu)
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        for part in as_completed([pool.submit(one, i) for i in range(n)]):
+            yield part.result()
+    yield run(tool, "large", LARGE, out, arguments, gpus()[0])
+
+
 def main() -> int:
     """Runs the tools one after another; 0 if none of them found anything and every test passed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     most = min(6, os.cpu_count() or 1)
     parser.add_argument("--tool", action="append", choices=TOOLS, help="may be given again (default: all)")
-    parser.add_argument("--workers", type=int, default=most, help="processes at a time (default %(default)s)")
-    parser.add_argument("--parts", type=int, default=4 * most, help="parts of the tests (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=most, help="processes a GPU at a time (default %(default)s)")
+    parser.add_argument("--parts", type=int, default=10 * most, help="parts of the tests (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/sanitize"), help="logs (default %(default)s)")
     known, arguments = parser.parse_known_args()
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer comes with the CUDA toolkit; put it on PATH")
     known.out.mkdir(parents=True, exist_ok=True)
-    tools, n, runs = known.tool or TOOLS, known.parts, []
+    tools, runs = known.tool or TOOLS, []
     for tool in tools:
-        with ThreadPoolExecutor(known.workers) as pool:
-            parts = [
-                pool.submit(run, tool, f"{i + 1}-of-{n}", PARTS, known.out, [f"--part={i}/{n}", *arguments])
-                for i in range(n)
-            ]
-        runs += [part.result() for part in parts]
-        runs.append(run(tool, "large", LARGE, known.out, arguments))
-    rows = [(r.tool, r.part, r.passed, r.failed, r.found, r.seconds) for r in runs]
-    print(tabulate(rows, ("tool", "part", "passed", "failed", "found", "seconds"), floatfmt=".0f"))
-    bad = [r for r in runs if not r.clean]
-    for r in bad:
-        print(f"{r.log}:", *r.why(), sep="\n    ")
-    passed = sum(r.passed for r in runs)
+        for r in over(tool, known.parts, known.workers, known.out, arguments):
+            runs.append(r)
+            print(f"{r.tool} {r.part}: {r.passed} passed, {r.failed} failed, {r.found}, {r.seconds:.0f} s", flush=True)
+            if not r.clean:
+                print(f"{r.log}:", *r.why(), sep="\n    ", flush=True)
+    rows = [
+        (tool, sum(r.passed for r in of), sum(r.failed for r in of), f"{sum(r.clean for r in of)} of {len(of)}")
+        for tool in tools
+        if (of := [r for r in runs if r.tool == tool])
+    ]
+    print(tabulate(rows, ("tool", "passed", "failed", "parts clean")))
+    bad, passed = [r for r in runs if not r.clean], sum(r.passed for r in runs)
     print(f"{', '.join(tools)}: {passed} tests passed; {len(bad)} of {len(runs)} runs found something ({known.out})")
     return 1 if bad or not passed else 0
 
