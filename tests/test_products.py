@@ -84,6 +84,8 @@ def test_steps_of_one_kind_go_by_the_kernel_they_were_made_for(monkeypatch):
         [dz.data_ptr(), x.data_ptr(), weight.data_ptr(), dx.data_ptr(), None, M, N, K, K, K, 2, x.get_device(), 0]
     ]
     assert torch.equal(dw, dz.t() @ x) and torch.equal(db, dz.sum(0))
+    dx, dw, db = products(dz, x, weight, None, (False, True, False))
+    assert dx is None and torch.equal(dw, dz.t() @ x) and db is None
     assert products(dz, x, weight, None, (False, False, False)) == (None, None, None) and len(told) == 1
 
 
