@@ -53,4 +53,3 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         gemm.pitch(left), gemm.pitch(right), along_m, along_n, device, stream(device),
     )  # fmt: skip
     return out
-
