@@ -3,6 +3,7 @@ given, on tensors of the CPU that say they are on a GPU."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxfuse.kernels import batchnorm_step, gemm, small_gemm
+from fxfuse.kernels import activation_step, batchnorm_step, gemm, small_gemm
 from fxfuse.kernels import linear_activation_scale as las_kernels
 from fxfuse.kernels import linear_scale_batchnorm1d as bn_kernels
 from fxfuse.ops import _activation_step, _batchnorm_step, _kinds
@@ -22,6 +23,40 @@ pytestmark = pytest.mark.skipif(_kinds.Guards is None, reason="this torch has no
 M, N, K = 24, 16, 8
 
 
+def _forward(kind: bytes, step: bytes) -> tuple[Any, ...]:
+    """The arguments of `train` that linear_scale_batchnorm1d.cu makes of the two structures."""
+    sizes, codes, ieee, dtype, _, device = _kind(kind)
+    *first, batches, bias, scale, gamma, beta, mean, var, queue, alpha, eps, momentum = (
+        batchnorm_step._FORWARD.unpack(step)
+    )  # fmt: skip
+    bias, scale, gamma, beta, mean, var = _vectors((bias, scale, gamma, beta, mean, var), codes)
+    return (
+        *first, batches or None, *sizes, *bias, *scale, None, 0, alpha, *gamma, *beta, eps, *mean, *var, momentum, ieee,
+        dtype, device, queue,
+    )  # fmt: skip
+
+
+def _backward(kind: bytes, step: bytes) -> tuple[Any, ...]:
+    """The arguments of `backward`, likewise."""
+    (m, n, *_), codes, _, dtype, out_dtype, device = _kind(kind)
+    *first, d_scale, bias, scale, gamma, beta, queue, alpha, eps = batchnorm_step._BACKWARD.unpack(step)
+    bias, scale, gamma, beta = _vectors((bias, scale, gamma, beta), codes[:4])
+    found = *(p or None for p in first), None, d_scale or None
+    return *found, m, n, *bias, *scale, None, 0, alpha, *gamma, *beta, eps, dtype, out_dtype, device, queue
+
+
+def _kind(kind: bytes) -> tuple[Any, ...]:
+    numbers = batchnorm_step._KIND.unpack(kind)
+    return numbers[:5], numbers[5:11], *numbers[11:]
+
+
+def _vectors(pointers: tuple[int, ...], codes: tuple[int, ...]) -> list[tuple[int | None, int]]:
+    return [(p or None, code) for p, code in zip(pointers, codes, strict=True)]
+
+
+UNPACKED = {"step_forward": _forward, "step_backward": _backward}
+
+
 class Heard:
     """Calls into the kernels. Addresses are named after the tensors they belong to, others numbered in each call."""
 
@@ -31,15 +66,20 @@ class Heard:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         def call(*args: Any) -> None:
+            if name in UNPACKED:
+                return getattr(self, name.removeprefix("step_").replace("forward", "train"))(*UNPACKED[name](*args))
             fresh: dict[int, str] = {}
 
             def named(a: Any) -> Any:
                 a = getattr(a, "value", a)  # as ctypes has it
+                if type(a) is float:
+                    return ctypes.c_float(a).value
                 if type(a) is not int or a < 1 << 20:  # every address is larger, and no size
                     return a
                 return self.names.get(a) or fresh.setdefault(a, f"fresh {len(fresh)}")
 
             self.calls.append((name, *map(named, args)))
+            return None
 
         return call
 
@@ -67,12 +107,15 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
         monkeypatch.setattr(gemm, name, stand_in)
     monkeypatch.setattr(small_gemm, "why_not", lambda *args: "past the small products")
     monkeypatch.setattr(bn_kernels, "functions", lambda: heard)
-    monkeypatch.setattr(las_kernels, "_functions", lambda: heard)
+    monkeypatch.setattr(las_kernels, "functions", lambda: heard)
     monkeypatch.setattr(bn_kernels, "backward_scratch", lambda *args: 3)
-    monkeypatch.setattr(las_kernels, "_backward_scratch", lambda *args: (3, 5))
+    monkeypatch.setattr(las_kernels, "backward_scratch", lambda *args: (3, 5))
     monkeypatch.setattr(bn_kernels, "block_rows", lambda rows: 128)
-    for place in (bn_kernels, las_kernels, batchnorm_step, _batchnorm_step):
-        for name, what in (("stream", lambda device: 0), ("counters_of", lambda *args: zeros), ("allocate", _empty)):
+    for place in (bn_kernels, las_kernels, activation_step, batchnorm_step, _batchnorm_step):
+        for name, what in (
+            ("stream", lambda device: 0), ("counters_of", lambda *args: zeros), ("allocate", _empty),
+            ("allocator", lambda device: lambda *args: _empty(*args, device)),
+        ):  # fmt: skip
             if hasattr(place, name):
                 monkeypatch.setattr(place, name, what)
     for file in (bn_file, las_file):
@@ -183,6 +226,22 @@ def test_what_steps_rest_on(heard, stepped, monkeypatch):
     assert not stepped
     for grad in (torch.randn(N, M).t(), torch.ones(()).expand(M, N)):
         outs = [call(torch.rand(N)) for _ in range(2)]
+        heard.of(grad=grad)
+        outs[-1].backward(grad)
+        assert [name for name, *_ in heard.calls] == ["backward"] and "grad" not in heard.calls[0], "a copy of it"
+    assert stepped
+
+
+def test_gradients_of_an_activation_that_lie_otherwise(heard, stepped, monkeypatch):
+    monkeypatch.setattr(gemm, "why_not_product", lambda *args: None)
+    weight, bias = torch.randn(N, K), torch.randn(N, requires_grad=True)
+
+    def call() -> Tensor:
+        x = torch.randn(M, K, requires_grad=True)
+        return las_file.linear_activation_scale(x, weight, bias, "relu", 0.0, 0.0, 0.7, 0.5)
+
+    for grad in (torch.randn(N, M).t(), torch.ones(()).expand(M, N), torch.randn(M * N + 1)[1:].view(M, N)):
+        outs = [call() for _ in range(2)]
         heard.of(grad=grad)
         outs[-1].backward(grad)
         assert [name for name, *_ in heard.calls] == ["backward"] and "grad" not in heard.calls[0], "a copy of it"

@@ -20,7 +20,9 @@ __all__ = [
     "INT",
     "NOT_SUPPORTED",
     "PTR",
+    "address",
     "allocate",
+    "allocator",
     "any_other_layout",
     "pointer",
     "stream",
@@ -47,6 +49,11 @@ def any_other_layout(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def address(tensor: torch.Tensor | None) -> int:
+    """The address of a tensor's first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """The address of a tensor's first element; None (a null pointer) for None."""
     return None if tensor is None else tensor.data_ptr()
@@ -59,9 +66,14 @@ def stream(device_index: int) -> int:
 
 def allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:
     """An uninitialised tensor; by the way of Inductor's own code, at a third of the cost, on the current device."""
+    return allocator(device)(shape, strides, dtype)
+
+
+def allocator(device: int) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """``allocate`` for several tensors in a row, as a function of shape, strides and dtype."""
     if _empty_strided is not None and _current_device() == device:
-        return _empty_strided(shape, strides, dtype)
-    return torch.empty(shape, dtype=dtype, device=torch.device("cuda", device))
+        return _empty_strided
+    return lambda shape, strides, dtype: torch.empty(shape, dtype=dtype, device=torch.device("cuda", device))
 
 
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)

@@ -3,6 +3,7 @@ to step found once. For the host's sake: where a step is small, its time is what
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from fxfuse.kernels import gemm
 from fxfuse.kernels import linear_scale_batchnorm1d as kernels
-from fxfuse.kernels.abi import DTYPE_CODE, I64, INT, allocate, pointer, stream
+from fxfuse.kernels.abi import DTYPE_CODE, address, allocator, stream
 from fxfuse.kernels.counters import counters_of
 
 __all__ = ["TrainingStep", "Vectors"]
+
+#: StepKind, StepForward and StepBackward in ``linear_scale_batchnorm1d.cu``: sizes and codes, pointers, numbers.
+_KIND, _FORWARD, _BACKWARD = Struct("5q10i"), Struct("16P3d"), Struct("14P2d")
 
 
 class Vectors(NamedTuple):
@@ -40,20 +44,18 @@ class TrainingStep:
         self.shape, self.strides = (m, n), (n, 1)
         self.product = gemm.why_not_product(x, weight, True) is None
         self.one_kernel = self.product and kernels.one_kernel(x, out_dtype)
-        # as C takes them: ctypes need not turn them into that at each call
-        self._codes = [INT(kernels.vector(t)[1]) for t in vectors]
-        self._none = None, INT(0)
+        pitches = [0, 0]
         if self.one_kernel:
             a, b = gemm.rows(x), gemm.rows(weight)
             assert a is not None and b is not None
-            self._sizes = tuple(map(I64, (m, n, k, a[1], b[1])))
-            partials = -(-m // kernels.PRODUCT_ROWS) * n
-            self._scratch, self._maps = (2 * (partials + n),), 8 * partials
-            self._counters = kernels.counters_for(n)
-            self._end = tuple(map(INT, (gemm.ieee(x), DTYPE_CODE[x.dtype], device)))
+            pitches = [a[1], b[1]]
+        partials = -(-m // kernels.PRODUCT_ROWS) * n
+        self._scratch, self._maps = (2 * (partials + n),), 8 * partials
+        self._counters = kernels.counters_for(n)
         self._pairs = kernels.backward_scratch(m, n, True, x.dtype, out_dtype, device)
-        self._rows_columns = I64(m), I64(n)
-        self._backward_end = tuple(map(INT, (DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype], device)))
+        codes = [kernels.vector(t)[1] for t in vectors]
+        dtypes = DTYPE_CODE[x.dtype], DTYPE_CODE[out_dtype]
+        self._kind = _KIND.pack(m, n, k, *pitches, *codes, gemm.ieee(x), *dtypes, device)
 
     def train(
         self, x: Tensor, weight: Tensor, vectors: Vectors, alpha: float, eps: float, momentum: float,
@@ -63,20 +65,18 @@ class TrainingStep:
 
         None, and nothing done, where the device has no room for all of its blocks at once, or may not act as a Hopper.
         """
-        device = self.device
-        out, acc = (allocate(self.shape, self.strides, self.dtype, device) for _ in range(2))
-        saved = allocate((3, self.shape[1]), self.strides, torch.float32, device)
-        scratch = allocate(self._scratch, (1,), torch.float32, device)
+        shape, strides, dtype, device = self.shape, self.strides, self.dtype, self.device
+        new = allocator(device)
+        out, acc, saved = new(shape, strides, dtype), new(shape, strides, dtype), new((3, shape[1]), strides, _FLOAT)
+        scratch = new(self._scratch, (1,), _FLOAT)
         partials, queue = scratch.data_ptr(), stream(device)
         bias, scale, gamma, beta, mean, var = vectors
-        code = self._codes
-        done = kernels.call_train(
+        step = _FORWARD.pack(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), acc.data_ptr(), partials, partials + self._maps,
-            counters_of(x.device, queue, self._counters).data_ptr(), saved.data_ptr(), pointer(batches), *self._sizes,
-            pointer(bias), code[0], pointer(scale), code[1], *self._none, alpha, pointer(gamma), code[2], pointer(beta),
-            code[3], eps, pointer(mean), code[4], pointer(var), code[5], momentum, *self._end, queue,
+            counters_of(x.device, queue, self._counters).data_ptr(), saved.data_ptr(), address(batches), address(bias),
+            address(scale), address(gamma), address(beta), address(mean), address(var), queue, alpha, eps, momentum,
         )  # fmt: skip
-        return (out, acc, saved) if done else None
+        return (out, acc, saved) if kernels.in_one(kernels.functions().step_forward, self._kind, step) else None
 
     def backward(
         self, grad: Tensor, acc: Tensor, saved: Tensor, vectors: Vectors, alpha: float, eps: float,
@@ -87,18 +87,20 @@ class TrainingStep:
         grad: [M, N] in out's dtype, contiguous, on 16 bytes; acc, saved as the forward left them.
         """
         device, one = self.device, self.shape[1:]
-        found = allocate(self.shape, self.strides, self.dtype, device)
-        scratch = allocate((2 * self._pairs,), (1,), torch.float32, device) if self._pairs else None
+        new = allocator(device)
+        found = new(self.shape, self.strides, self.dtype)
+        scratch = new((2 * self._pairs,), (1,), _FLOAT) if self._pairs else None
         bias, scale, gamma, beta = given = vectors[:4]
         d_bias, d_scale, d_gamma, d_beta = by = [
-            allocate(one, (1,), t.dtype, device) if want and t is not None else None
-            for t, want in zip(given, wanted, strict=True)
+            new(one, (1,), t.dtype) if want and t is not None else None for t, want in zip(given, wanted, strict=True)
         ]
-        code = self._codes
-        kernels.functions().backward(
-            grad.data_ptr(), acc.data_ptr(), saved.data_ptr(), found.data_ptr(), pointer(scratch), pointer(d_gamma),
-            pointer(d_beta), pointer(d_bias), None, pointer(d_scale), *self._rows_columns, pointer(bias), code[0],
-            pointer(scale), code[1], *self._none, alpha, pointer(gamma), code[2], pointer(beta), code[3], eps,
-            *self._backward_end, stream(device),
+        step = _BACKWARD.pack(
+            grad.data_ptr(), acc.data_ptr(), saved.data_ptr(), found.data_ptr(), address(scratch), address(d_gamma),
+            address(d_beta), address(d_bias), address(d_scale), address(bias), address(scale), address(gamma),
+            address(beta), stream(device), alpha, eps,
         )  # fmt: skip
+        kernels.functions().step_backward(self._kind, step)
         return found, by
+
+
+_FLOAT = torch.float32

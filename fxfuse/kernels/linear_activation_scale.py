@@ -15,7 +15,7 @@ from fxfuse.kernels.abi import DTYPE_CODE, FLOAT, I64, INT, PTR, allocate, point
 from fxfuse.kernels.counters import counters_of
 from fxfuse.kernels.loader import library
 
-__all__ = ["ACTIVATION_CODE", "Act", "apply", "backward", "forward", "from_output"]
+__all__ = ["ACTIVATION_CODE", "Act", "apply", "backward", "backward_scratch", "forward", "from_output", "functions"]
 
 _NAME = "fxfuse_linear_activation_scale_"
 
@@ -49,7 +49,7 @@ class _Functions(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def _functions() -> _Functions:
+def functions() -> _Functions:
     found = library()
     assert found is not None, "asked for before the kernels were there"
     act = [INT, FLOAT, FLOAT, FLOAT, FLOAT]
@@ -74,7 +74,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Tensor:
         out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    _functions().forward(
+    functions().forward(
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.contiguous().data_ptr(), out.data_ptr(),
         a[0].size(0), n, weight.size(1), a[1], b[1], *act.arguments(), gemm.ieee(x),
         DTYPE_CODE[x.dtype], device, stream(device),
@@ -85,7 +85,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Tensor:
 def apply(z: Tensor, act: Act, out: Tensor) -> Tensor:
     """out = scale * act(pre_scale * z), elementwise; contiguous, 16-byte aligned, of one dtype. out may be z."""
     device = z.device.index
-    _functions().apply(
+    functions().apply(
         z.data_ptr(), out.data_ptr(), z.numel(), *act.arguments(), DTYPE_CODE[z.dtype], device, stream(device)
     )
     return out
@@ -100,10 +100,10 @@ def from_output(act: Act) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _backward_scratch(rows: int, columns: int, dtype: torch.dtype, device: int) -> tuple[int, int]:
+def backward_scratch(rows: int, columns: int, dtype: torch.dtype, device: int) -> tuple[int, int]:
     """Floats of scratch and counters for the column sums of ``backward``."""
     floats, counters = ctypes.c_int64(), ctypes.c_int64()
-    _functions().backward_scratch(
+    functions().backward_scratch(
         rows, columns, DTYPE_CODE[dtype], device, ctypes.addressof(floats), ctypes.addressof(counters)
     )
     return floats.value, counters.value
@@ -126,11 +126,11 @@ def backward(
     db = scratch = counters = None
     if column_sums and rows and columns and columns * grad.element_size() % 16 == 0:
         db = allocate((columns,), (1,), dtype, device)
-        floats, ints = _backward_scratch(rows, columns, dtype, device)
+        floats, ints = backward_scratch(rows, columns, dtype, device)
         if floats:
             scratch = allocate((floats,), (1,), torch.float32, device)
             counters = counters_of(grad.device, queue, ints)
-    _functions().backward(
+    functions().backward(
         pointer(grad), pointer(saved), pointer(dz), pointer(db), pointer(scratch), pointer(counters), rows, columns,
         int(output), *act.arguments(), DTYPE_CODE[dtype], device, queue,
     )  # fmt: skip

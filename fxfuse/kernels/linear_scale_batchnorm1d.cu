@@ -298,3 +298,47 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_backward(const void* dy, const vo
   FXFUSE_CHECK_LAUNCH();
   return 0;
 }
+
+// --- a training step of one kind --------------------------------------------------------------------------------------------------
+// The same calls for steps like one before: two structures instead of some forty arguments, which a caller in Python turns into C's
+// one by one. kernels/batchnorm_step.py packs them.
+
+struct StepKind {
+  int64_t m, n, k, pitch_x, pitch_w;
+  int bias, scale, gamma, beta, mean, var;  // codes of the vectors
+  int ieee, dtype, out_dtype, device;
+};
+
+struct StepForward {
+  const void *x, *weight;
+  void *out, *acc, *partials, *maps, *counters, *saved, *batches;
+  const void *bias, *scale, *gamma, *beta;
+  void *mean, *var, *stream;
+  double multiplier, eps, momentum;
+};
+
+struct StepBackward {
+  const void *dy, *acc, *saved;
+  void *d_acc, *scratch, *d_gamma, *d_beta, *d_bias, *d_scale;
+  const void *bias, *scale, *gamma, *beta;
+  void* stream;
+  double multiplier, eps;
+};
+
+FXFUSE_API int fxfuse_linear_scale_batchnorm1d_step_forward(const StepKind* kind, const StepForward* step) {
+  const StepKind& k = *kind;
+  const StepForward& s = *step;
+  return fxfuse_linear_scale_batchnorm1d_train(
+      s.x, s.weight, s.out, s.acc, s.partials, s.maps, s.counters, s.saved, s.batches, k.m, k.n, k.k, k.pitch_x, k.pitch_w, s.bias,
+      k.bias, s.scale, k.scale, nullptr, 0, float(s.multiplier), s.gamma, k.gamma, s.beta, k.beta, float(s.eps), s.mean, k.mean,
+      s.var, k.var, float(s.momentum), k.ieee, k.dtype, k.device, s.stream);
+}
+
+FXFUSE_API int fxfuse_linear_scale_batchnorm1d_step_backward(const StepKind* kind, const StepBackward* step) {
+  const StepKind& k = *kind;
+  const StepBackward& s = *step;
+  return fxfuse_linear_scale_batchnorm1d_backward(
+      s.dy, s.acc, s.saved, s.d_acc, s.scratch, s.d_gamma, s.d_beta, s.d_bias, nullptr, s.d_scale, k.m, k.n, s.bias, k.bias, s.scale,
+      k.scale, nullptr, 0, float(s.multiplier), s.gamma, k.gamma, s.beta, k.beta, float(s.eps), k.dtype, k.out_dtype, k.device,
+      s.stream);
+}

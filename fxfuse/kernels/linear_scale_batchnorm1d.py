@@ -17,7 +17,7 @@ from fxfuse.kernels.loader import KernelError, library
 
 __all__ = [
     "PRODUCT_ROWS", "SMALL_ELEMENTS", "SMALL_ROWS", "Columns", "Gradients", "backward", "backward_scratch",
-    "call_train", "counters_for", "eval_apply", "eval_product", "functions", "one_kernel", "train", "train_apply",
+    "counters_for", "eval_apply", "eval_product", "functions", "in_one", "one_kernel", "train", "train_apply",
     "train_product", "vector",
 ]  # fmt: skip
 
@@ -78,6 +78,8 @@ class _Functions(NamedTuple):
     train_apply: Callable[..., None]
     backward: Callable[..., None]
     backward_scratch: Callable[..., None]
+    step_forward: Callable[..., None]
+    step_backward: Callable[..., None]
 
 
 @functools.lru_cache(maxsize=1)
@@ -100,6 +102,8 @@ def functions() -> _Functions:
         ),
         found.function(_NAME + "backward", [PTR] * 10 + [I64] * 2 + columns + [INT, INT] + end),
         found.function(_NAME + "backward_scratch", [I64, I64, INT, INT, INT, INT, PTR]),
+        found.function(_NAME + "step_forward", [PTR, PTR]),
+        found.function(_NAME + "step_backward", [PTR, PTR]),
     )
 
 
@@ -226,17 +230,19 @@ def _train(
     saved = allocate((3, n), (n, 1), torch.float32, device)
     partials, queue = scratch.data_ptr(), stream(device)
     counters = counters_of(x.device, queue, counters_for(n))
-    done = call_train(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials, partials + 8 * blocks * n,
-        counters.data_ptr(), saved.data_ptr(), batches, m, n, weight.size(1), a[1], b[1], *arguments, device, queue,
+    done = in_one(
+        functions().train, x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials,
+        partials + 8 * blocks * n, counters.data_ptr(), saved.data_ptr(), batches, m, n, weight.size(1), a[1], b[1],
+        *arguments, device, queue,
     )  # fmt: skip
     return (out, acc, saved) if done else None
 
 
-def call_train(*args: Any) -> bool:
-    """The kernel itself; False, and nothing done, where not all of its blocks have room at once, or on no Hopper."""
+def in_one(call: Callable[..., None], *args: Any) -> bool:
+    """The one kernel, by either function that launches it; False, and nothing done, where not all of its blocks have
+    room at once, or on no Hopper."""
     try:
-        functions().train(*args)
+        call(*args)
     except KernelError as error:
         if error.code not in (_TOO_LARGE_TO_COOPERATE, NOT_SUPPORTED):
             raise

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxfuse.kernels import gemm, small_gemm
 from fxfuse.kernels import linear_activation_scale as kernels
+from fxfuse.kernels import small_gemm
 from fxfuse.kernels.abi import NOT_SUPPORTED
+from fxfuse.kernels.activation_step import TrainingStep
 from fxfuse.kernels.loader import KernelError
 
 from ._kinds import Kind, whole
@@ -30,17 +31,17 @@ class Step:
         self.tensors, self.kept, self.update = op.tensors, op.kept, op.update
         self.act = kernels.Act(*numbers)
         self.products = LinearBackward(x, weight)
-        self.output = kernels.from_output(self.act)
-        self.product = self.output and gemm.why_not_product(x, weight) is None
+        self.calls = TrainingStep(x, weight, self.act)
 
     def forward(self, road: Any, *args: Any, wanted: Sequence[bool]) -> tuple[Tensor, Sequence[Tensor]]:
         x, weight, bias = args[:3]
-        if not self.product:
+        calls = self.calls
+        if not calls.product:
             z = F.linear(x, weight, bias)
-            out = kernels.apply(z, self.act, z if self.output else torch.empty_like(z))
-            return out, (out if self.output else z,)
+            out = kernels.apply(z, self.act, z if calls.output else torch.empty_like(z))
+            return out, (out if calls.output else z,)
         try:
-            out = kernels.forward(x, weight, bias, self.act)
+            out = calls.forward(x, weight, bias)
         except KernelError as error:
             if error.code != NOT_SUPPORTED:
                 raise
@@ -51,7 +52,11 @@ class Step:
         self, road: Any, grad: Tensor, saved: list[Tensor], *args: Any, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         x, weight, bias = args[:3]
-        dz, db = kernels.backward(grad, saved[0], self.act, self.output, bias is not None and wanted[2])
+        sums = bias is not None and wanted[2]
+        if grad.data_ptr() % 16 or not grad.is_contiguous():
+            dz, db = kernels.backward(grad, saved[0], self.act, self.calls.output, sums)
+        else:
+            dz, db = self.calls.backward(grad, saved[0], sums)
         return self.products(dz, x, weight, bias, wanted, db)
 
     def again(self, saved: Sequence[Tensor], *args: Any) -> Any:

@@ -66,9 +66,10 @@ class Differentiable(torch.autograd.Function):
         kept = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # not where the graph is retained
         args = ctx.others.copy()
-        for position in op.kept:
-            args[position] = kept.pop(0)
-        saved = kept  # the only reference that is left: a backward may let go of what it has used
+        for i, position in enumerate(op.kept):
+            args[position] = kept[i]
+        saved = kept[len(op.kept) :]
+        del kept  # the only references that are left are saved's: a backward may let go of what it has used
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             grads = vjp(lambda *a: op.again(saved, *a), op.tensors, args, grad, ctx.wanted, create_graph=True)

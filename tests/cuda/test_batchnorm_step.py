@@ -131,7 +131,7 @@ def test_what_a_step_cannot_take(m, n, k, served, monkeypatch):
         raise loader.KernelError("no room", 720)
 
     step(copy.deepcopy(model), x, one.contiguous())
-    monkeypatch.setattr(kernels, "functions", lambda: real._replace(train=refuse))
+    monkeypatch.setattr(kernels, "functions", lambda: real._replace(train=refuse, step_forward=refuse))
     same(model, x, one.contiguous())
 
 

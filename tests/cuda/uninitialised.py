@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import (
+    activation_step,
     batchnorm_step,
     half_gemm,
     kl_div,
@@ -32,7 +33,7 @@ def fill_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends, whatever is allocated without being initialised."""
     for place, name in (
         (torch, "empty"), (torch, "empty_like"), (kl_div, "allocate"), (small_gemm, "allocate"),
-        (matmul_div_sum_scale, "allocate"), (linear_scale_batchnorm1d, "allocate"), (batchnorm_step, "allocate"),
+        (matmul_div_sum_scale, "allocate"), (linear_scale_batchnorm1d, "allocate"),
         (linear_activation_scale, "allocate"), (half_gemm, "allocate"),
     ):  # fmt: skip
         allocate = getattr(place, name)
@@ -41,3 +42,10 @@ def fill_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
             return filled(allocate(*args, **kwargs))
 
         monkeypatch.setattr(place, name, poisoned)
+    for place in (activation_step, batchnorm_step):
+
+        def poisoning(device: int, allocator: Any = place.allocator) -> Any:
+            new = allocator(device)
+            return lambda *args: filled(new(*args))
+
+        monkeypatch.setattr(place, "allocator", poisoning)
