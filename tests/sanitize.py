@@ -117,7 +117,7 @@ def main() -> int:
     most = min(6, os.cpu_count() or 1)
     parser.add_argument("--tool", action="append", choices=TOOLS, help="may be given again (default: all)")
     parser.add_argument("--workers", type=int, default=most, help="processes a GPU at a time (default %(default)s)")
-    parser.add_argument("--parts", type=int, default=10 * most, help="parts of the tests (default %(default)s)")
+    parser.add_argument("--parts", type=int, help="parts of the tests (default: two for each process)")
     parser.add_argument("--out", type=Path, default=Path("out/sanitize"), help="logs (default %(default)s)")
     known, arguments = parser.parse_known_args()
     if shutil.which("compute-sanitizer") is None:
@@ -125,7 +125,7 @@ def main() -> int:
     known.out.mkdir(parents=True, exist_ok=True)
     tools, runs = known.tool or TOOLS, []
     for tool in tools:
-        for r in over(tool, known.parts, known.workers, known.out, arguments):
+        for r in over(tool, known.parts or 2 * known.workers * len(gpus()), known.workers, known.out, arguments):
             runs.append(r)
             print(f"{r.tool} {r.part}: {r.passed} passed, {r.failed} failed, {r.found}, {r.seconds:.0f} s", flush=True)
             if not r.clean:

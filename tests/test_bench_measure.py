@@ -206,6 +206,7 @@ def test_liger_is_named_when_it_is_not_there(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.cuda
+@pytest.mark.captures
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_bench_on_a_gpu(precision: str) -> None:
     gpu = torch.device("cuda")
