@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
   for (int i = 0; i < N; ++i) pad.set(i, 100 * kLowest);
 
   const bool counts_loss = rank == 0 && warp == 0 && a.partial != nullptr;
-  int round = 0, slot = 0, parity = 0, set = 0, told_parity = 0;
+  int round = 0, slot = 0, parity = 0;
   for (int64_t row = group; row < a.rows; row += groups, ++round) {
     const RowShape shape = RowShape::of(student + row * a.vocab, a.vocab, true);
     const int mine_left = slice_packs(shape) - int(threadIdx.x);
@@ -219,6 +219,7 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
 
     // Publish: the first warp joins the block's states and tells them to every block. Room for two rows: a warp or a block
     // can be one row ahead of another, never two.
+    const int set = round & 1;
     if (lane == 0) warp_states[set][warp] = state;
     __syncthreads();
     if (warp == 0) {
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
       }
     }
 
-    mbarrier_wait_cluster(&told[set], told_parity);
+    mbarrier_wait_cluster(&told[set], round >> 1 & 1);
     // Every warp joins the blocks' states alike: in double where more than gradients of the student hang on them.
     const auto joined = [&](auto precise) {
       RowState whole;
@@ -278,8 +279,6 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
                     grad_teacher != nullptr ? grad_teacher + row_at + edge : nullptr);
       if (counts_loss) losses.push(joined(std::true_type{}));  // the registers of the row are free by now
     }
-    told_parity ^= set;
-    set ^= 1;
   }
   __syncthreads();
   double loss = counts_loss ? losses.total() : 0;
