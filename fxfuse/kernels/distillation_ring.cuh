@@ -5,9 +5,6 @@
 // row, in long copies; the last warp to take its part of a slot has it filled again. So the next rows are always on
 // their way while this one's sums are exchanged and its gradients written.
 //
-// Whatever is handed on goes over a barrier at which every thread arrives for itself. Counters and single lanes that stand
-// for their warps would do, and save 0.4 % of the time; racecheck does not follow them.
-//
 //   take      a slice into registers, the maxima of a warp, then exponentials and sums (softmax_pair.cuh: the algebra)
 //   publish   warps -> block -> every block of the cluster, by stores that count at the receiver's barrier
 //   write     gradients from the registers
@@ -57,14 +54,13 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
   constexpr int N = Pack<T>::N, kThreads = kRingThreads, kWarps = kThreads / kWarp, kChunk = PACKS * kThreads;
   extern __shared__ __align__(128) uint4 ring[];  // the copy engine is slower off a line of 128 bytes
   __shared__ alignas(8) uint64_t landed[kRingMostSlots];
-  __shared__ alignas(8) uint64_t taken[kRingMostSlots];
   __shared__ int takers[kRingMostSlots];   // warps that have taken their part of a slot
   __shared__ int64_t cursor_row;           // the next chunk to ask for
   __shared__ int cursor_chunk;
   __shared__ alignas(8) uint64_t told[2];  // the cluster's sums of a row have arrived
   __shared__ SharedLossQueue losses;  // of the cluster's first warp
   __shared__ int unusual;             // rows were noted
-  __shared__ RowState warp_states[2][kWarps];
+  __shared__ RowState warp_states[kWarps];
   __shared__ alignas(16) RowState block_states[2][kRingMostCluster];  // written by the cluster's blocks
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int cluster = plan.cluster, rank = int(blockIdx.x) % cluster;
@@ -86,7 +82,6 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.slots; ++i) {
       mbarrier_init(&landed[i], 1);
-      mbarrier_init(&taken[i], kThreads);
       takers[i] = 0;
     }
     unusual = 0;
@@ -127,7 +122,7 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
   for (int i = 0; i < N; ++i) pad.set(i, 100 * kLowest);
 
   const bool counts_loss = rank == 0 && warp == 0 && a.partial != nullptr;
-  int round = 0, slot = 0, parity = 0;
+  int round = 0, slot = 0, parity = 0, set = 0, told_parity = 0;
   for (int64_t row = group; row < a.rows; row += groups, ++round) {
     const RowShape shape = RowShape::of(student + row * a.vocab, a.vocab, true);
     const int mine_left = slice_packs(shape) - int(threadIdx.x);
@@ -158,12 +153,8 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
           s[p] = t[p] = pad;
         }
       }
-      mbarrier_arrive(&taken[slot]);  // in registers
-      __syncwarp();
-      if (lane == 0 && last_to_take(&takers[slot], kWarps)) {
-        mbarrier_wait(&taken[slot], parity);  // all have arrived
-        fill(slot);
-      }
+      __syncwarp();  // in registers
+      if (lane == 0 && last_to_take(&takers[slot], kWarps)) fill(slot);
       if (++slot == plan.slots) {
         slot = 0;
         parity ^= 1;
@@ -217,25 +208,21 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
       state.join_lanes<T>(a.scales, teacher_grads);
     }
 
-    // Publish: the first warp joins the block's states and tells them to every block. Room for two rows: a warp or a block
-    // can be one row ahead of another, never two.
-    const int set = round & 1;
-    if (lane == 0) warp_states[set][warp] = state;
-    __syncthreads();
+    // Publish: the first warp joins the block's states and tells them to every block. Room for two rows: a block can
+    // be one row ahead of another, never two.
+    if (lane == 0) warp_states[warp] = state;
     if (warp == 0) {
-      state = warp_states[set][lane % kWarps];
+      barrier_wait_for<kThreads>();
+      state = warp_states[lane % kWarps];
       state.join_lanes<T, kWarps>(a.scales, teacher_grads);
-      if (cluster > 1) {
-        if (lane == 0) mbarrier_expect(&told[set], cluster * int(sizeof(RowState)));
-        __syncwarp();
-        if (lane < cluster) tell(&block_states[set][rank], state, &told[set], lane);
-      } else if (lane == 0) {
-        block_states[set][0] = state;
-        mbarrier_arrive(&told[set]);
-      }
+      if (lane == 0) mbarrier_expect(&told[set], cluster * int(sizeof(RowState)));
+      __syncwarp();
+      if (lane < cluster) tell(&block_states[set][rank], state, &told[set], lane);
+    } else {
+      barrier_arrive<kThreads>();
     }
 
-    mbarrier_wait_cluster(&told[set], round >> 1 & 1);
+    mbarrier_wait_cluster(&told[set], told_parity);
     // Every warp joins the blocks' states alike: in double where more than gradients of the student hang on them.
     const auto joined = [&](auto precise) {
       RowState whole;
@@ -279,6 +266,8 @@ __global__ void __launch_bounds__(kRingThreads, 1) ring_kernel(DistillArgs a, Ri
                     grad_teacher != nullptr ? grad_teacher + row_at + edge : nullptr);
       if (counts_loss) losses.push(joined(std::true_type{}));  // the registers of the row are free by now
     }
+    told_parity ^= set;
+    set ^= 1;
   }
   __syncthreads();
   double loss = counts_loss ? losses.total() : 0;

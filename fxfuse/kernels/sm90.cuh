@@ -37,10 +37,6 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// One arrival.
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n\t.reg .pred done;\n"
@@ -72,7 +68,7 @@ __device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, int par
       : "memory");
 }
 // Writes `value` where `local` is, but in the shared memory of the cluster's block `rank`, counted in bytes at the
-// barrier at the same place there. In a cluster of two blocks and more: memcheck takes it for an invalid write in others.
+// barrier at the same place there.
 template <typename V>
 __device__ __forceinline__ void tell(V* local, const V& value, uint64_t* barrier, int rank) {
   static_assert(sizeof(V) % 8 == 0, "two words at a time");
@@ -87,6 +83,12 @@ __device__ __forceinline__ void tell(V* local, const V& value, uint64_t* barrier
                  "r"(words[i]), "r"(words[i + 1]), "r"(remote_barrier)
                  : "memory");
 }
+// One warp of a block of THREADS waits until the others have arrived; they do not wait. Not the barrier of
+// __syncthreads.
+template <int THREADS>
+__device__ __forceinline__ void barrier_wait_for() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+template <int THREADS>
+__device__ __forceinline__ void barrier_arrive() { asm volatile("bar.arrive 1, %0;" ::"n"(THREADS) : "memory"); }
 // Writes `value` where `local` is, but in the shared memory of the cluster's block `rank`.
 template <typename V>
 __device__ __forceinline__ void store_remote(V* local, int rank, const V& value) {
@@ -103,13 +105,16 @@ __device__ __forceinline__ void mbarrier_init(uint64_t*, int) {}
 __device__ __forceinline__ void mbarrier_init_fence() {}
 __device__ __forceinline__ void async_proxy_fence() {}
 __device__ __forceinline__ void mbarrier_expect(uint64_t*, int) {}
-__device__ __forceinline__ void mbarrier_arrive(uint64_t*) {}
 __device__ __forceinline__ void mbarrier_wait(uint64_t*, int) {}
 __device__ __forceinline__ void bulk_load(void*, const void*, int, uint64_t*) {}
 __device__ __forceinline__ void cluster_sync() {}
 __device__ __forceinline__ void mbarrier_wait_cluster(uint64_t*, int) {}
 template <typename V>
 __device__ __forceinline__ void tell(V*, const V&, uint64_t*, int) {}
+template <int THREADS>
+__device__ __forceinline__ void barrier_wait_for() {}
+template <int THREADS>
+__device__ __forceinline__ void barrier_arrive() {}
 template <typename V>
 __device__ __forceinline__ void store_remote(V*, int, const V&) {}
 #endif
