@@ -10,7 +10,8 @@ capture of a CUDA graph allows neither that nor what a tool does around a launch
 out, and so are those that measure memory, where the tools show.
 
 Racecheck and cuBLAS's Hopper kernels do not survive side by side, whether it instruments them or leaves them alone:
-under it the library's products go by float64, which has other kernels.
+under it the library's products go by float64, which has other kernels. Where a kernel orders its shared memory in a way
+that the tools cannot follow, FXFUSE_FOLLOWED has a variant of it run that they can.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def run(tool: str, part: str, mark: str, out: Path, arguments: list[str], gpu: s
     command += [*ARGUMENTS.get(tool, ()), *arguments]
     log, started = out / f"{tool}.{part}.log", time.monotonic()
     with log.open("wb") as file:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "FXFUSE_FOLLOWED": "1"}
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     text = log.read_text(errors="replace")
     failed = count(text, "failed") + count(text, "errors?")

@@ -80,11 +80,14 @@ inline cudaError_t device_props(int device, const DeviceProps** props) {
   return cudaSuccess;
 }
 
-// FXFUSE_PORTABLE=1: behave as on compute capability 8.0. Read at each call, so that one process can run both roads.
-inline bool portable() {
-  const char* value = std::getenv("FXFUSE_PORTABLE");
+// Switches of the environment, read at each call, so that one process can run both roads.
+inline bool is_on(const char* value) {
   return value != nullptr && value[0] != '\0' && !(value[0] == '0' && value[1] == '\0');
 }
+// Behave as on compute capability 8.0.
+inline bool portable() { return is_on(std::getenv("FXFUSE_PORTABLE")); }
+// Take the variants of kernels that compute-sanitizer can follow; the same bits.
+inline bool followed() { return is_on(std::getenv("FXFUSE_FOLLOWED")); }
 
 // major * 10 + minor, 80 under FXFUSE_PORTABLE. Code for sm_90a runs on 90 exactly.
 inline int compute_capability(const DeviceProps& p) { return portable() ? 80 : p.cc_major * 10 + p.cc_minor; }

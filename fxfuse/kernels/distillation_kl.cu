@@ -231,10 +231,12 @@ int launch_ring(const Call& call, const RingLaunch& launch, int* partials) {
 }
 
 // Two sizes of block shares: the larger has less of the next row under way, and is taken where it spares rounds.
-template <typename T, bool LOG_TARGET, bool KEEP>
+template <typename T, bool LOG_TARGET, bool KEEP, bool FOLLOWED = false>
 int run_ring(const Call& call, int* partials) {
-  constexpr auto kSmall = ring_kernel<T, LOG_TARGET, 2, 8, KEEP>;
-  constexpr auto kLarge = ring_kernel<T, LOG_TARGET, 2, 10, KEEP>;
+  if constexpr (!FOLLOWED)
+    if (followed()) return run_ring<T, LOG_TARGET, KEEP, true>(call, partials);
+  constexpr auto kSmall = ring_kernel<T, LOG_TARGET, 2, 8, KEEP, FOLLOWED>;
+  constexpr auto kLarge = ring_kernel<T, LOG_TARGET, 2, 10, KEEP, FOLLOWED>;
   const int64_t packs = call.args.vocab / Pack<T>::N;
   if (!call.together || !call.grads || !is_hopper(call.props)) return int(cudaErrorNotSupported);
   RingLaunch small, large;

@@ -37,6 +37,10 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
+// One arrival.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n\t.reg .pred done;\n"
@@ -105,6 +109,7 @@ __device__ __forceinline__ void mbarrier_init(uint64_t*, int) {}
 __device__ __forceinline__ void mbarrier_init_fence() {}
 __device__ __forceinline__ void async_proxy_fence() {}
 __device__ __forceinline__ void mbarrier_expect(uint64_t*, int) {}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t*) {}
 __device__ __forceinline__ void mbarrier_wait(uint64_t*, int) {}
 __device__ __forceinline__ void bulk_load(void*, const void*, int, uint64_t*) {}
 __device__ __forceinline__ void cluster_sync() {}

@@ -102,6 +102,23 @@ def test_many_long_rows_some_of_them_unusual(dtype: torch.dtype, vocab: int) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocab"), [(300, 25001), (150, 32000), (70, 151936)])
+def test_what_tools_follow_has_the_same_bits(dtype: torch.dtype, rows: int, vocab: int, monkeypatch) -> None:
+    """One block a row and several, more rows than run at a time, some of them unusual."""
+    s, t = torch.randn(2, rows, vocab, device="cuda").to(dtype)
+    s[::7, 5], t[3::50, -1] = -INF, INF
+
+    def results() -> list[Tensor]:
+        student = with_grads(lambda s: distillation_kl(s, t, -1, 2.0, 2.0, 4.0), s)
+        return [*student, *with_grads(lambda s, t: distillation_kl(s, t, -1, 2.0, 2.0, 4.0), s, t)]
+
+    want = results()
+    monkeypatch.setenv("FXFUSE_FOLLOWED", "1")
+    for a, b in zip(results(), want, strict=True):
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("log_target", [False, True])
 def test_a_certain_teacher_and_an_infinite_scale(dtype: torch.dtype, log_target: bool) -> None:
     """Teacher gradients where one class has all the probability; gradients that float16 cannot hold."""
