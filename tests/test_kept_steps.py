@@ -4,7 +4,9 @@ given, on tensors of the CPU that say they are on a GPU."""
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,3 +248,18 @@ def test_gradients_of_an_activation_that_lie_otherwise(heard, stepped, monkeypat
         outs[-1].backward(grad)
         assert [name for name, *_ in heard.calls] == ["backward"] and "grad" not in heard.calls[0], "a copy of it"
     assert stepped
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [("StepKind", batchnorm_step._KIND), ("StepForward", batchnorm_step._FORWARD),
+     ("StepBackward", batchnorm_step._BACKWARD)],
+)  # fmt: skip
+def test_structures_are_those_of_the_source(name, packed):
+    source = Path(bn_kernels.__file__).with_suffix(".cu").read_text()
+    body = re.sub(r"//.*", "", re.search(rf"struct {name} {{(.*?)}};", source, re.DOTALL)[1])
+    letter = {"int64_t": "q", "int": "i", "double": "d"}
+    fields = ""
+    for kind, names in re.findall(r"(?:const )?(\w+)[ *]+([^;]+);", body):
+        fields += ("P" if kind == "void" else letter[kind]) * len(names.split(","))
+    assert "".join(n * int(k or 1) for k, n in re.findall(r"(\d*)(\w)", packed.format)) == fields
