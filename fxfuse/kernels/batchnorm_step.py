@@ -67,8 +67,8 @@ class TrainingStep:
         """
         shape, strides, dtype, device = self.shape, self.strides, self.dtype, self.device
         new = allocator(device)
-        out, acc, saved = new(shape, strides, dtype), new(shape, strides, dtype), new((3, shape[1]), strides, _FLOAT)
-        scratch = new(self._scratch, (1,), _FLOAT)
+        out, acc = new(shape, strides, dtype), new(shape, strides, dtype)
+        saved, scratch = new((3, shape[1]), strides, torch.float32), new(self._scratch, (1,), torch.float32)
         partials, queue = scratch.data_ptr(), stream(device)
         bias, scale, gamma, beta, mean, var = vectors
         step = _FORWARD.pack(
@@ -89,7 +89,7 @@ class TrainingStep:
         device, one = self.device, self.shape[1:]
         new = allocator(device)
         found = new(self.shape, self.strides, self.dtype)
-        scratch = new((2 * self._pairs,), (1,), _FLOAT) if self._pairs else None
+        scratch = new((2 * self._pairs,), (1,), torch.float32) if self._pairs else None
         bias, scale, gamma, beta = given = vectors[:4]
         d_bias, d_scale, d_gamma, d_beta = by = [
             new(one, (1,), t.dtype) if want and t is not None else None for t, want in zip(given, wanted, strict=True)
@@ -101,6 +101,3 @@ class TrainingStep:
         )  # fmt: skip
         kernels.functions().step_backward(self._kind, step)
         return found, by
-
-
-_FLOAT = torch.float32

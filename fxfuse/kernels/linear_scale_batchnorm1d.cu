@@ -299,7 +299,7 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_backward(const void* dy, const vo
   return 0;
 }
 
-// --- a training step of one kind ------------------------------------------------------------------------------------------------
+// --- a training step of one kind -------------------------------------------------------------------------------------------
 // The same calls for steps like one before: two structures instead of some forty arguments, which a caller in Python turns
 // into C's one by one. kernels/batchnorm_step.py packs them.
 
@@ -330,8 +330,8 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_step_forward(const StepKind* kind
   const StepForward& s = *step;
   return fxfuse_linear_scale_batchnorm1d_train(
       s.x, s.weight, s.out, s.acc, s.partials, s.maps, s.counters, s.saved, s.batches, k.m, k.n, k.k, k.pitch_x, k.pitch_w,
-      s.bias, k.bias, s.scale, k.scale, nullptr, 0, float(s.multiplier), s.gamma, k.gamma, s.beta, k.beta, float(s.eps), s.mean, k.mean,
-      s.var, k.var, float(s.momentum), k.ieee, k.dtype, k.device, s.stream);
+      s.bias, k.bias, s.scale, k.scale, nullptr, 0, float(s.multiplier), s.gamma, k.gamma, s.beta, k.beta, float(s.eps),
+      s.mean, k.mean, s.var, k.var, float(s.momentum), k.ieee, k.dtype, k.device, s.stream);
 }
 
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_step_backward(const StepKind* kind, const StepBackward* step) {
