@@ -20,7 +20,6 @@ __all__ = [
     "INT",
     "NOT_SUPPORTED",
     "PTR",
-    "address",
     "allocate",
     "allocator",
     "any_other_layout",
@@ -49,14 +48,9 @@ def any_other_layout(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """The address of a tensor's first element; 0 for None."""
+def pointer(tensor: torch.Tensor | None) -> int:
+    """The address of a tensor's first element; 0, the null pointer, for None."""
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def pointer(tensor: torch.Tensor | None) -> int | None:
-    """The address of a tensor's first element; None (a null pointer) for None."""
-    return None if tensor is None else tensor.data_ptr()
 
 
 def stream(device_index: int) -> int:

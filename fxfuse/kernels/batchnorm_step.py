@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxfuse.kernels import gemm
 from fxfuse.kernels import linear_scale_batchnorm1d as kernels
-from fxfuse.kernels.abi import DTYPE_CODE, address, allocator, stream
+from fxfuse.kernels.abi import DTYPE_CODE, allocator, pointer, stream
 from fxfuse.kernels.counters import counters_of
 
 __all__ = ["TrainingStep", "Vectors"]
@@ -73,8 +73,8 @@ class TrainingStep:
         bias, scale, gamma, beta, mean, var = vectors
         step = _FORWARD.pack(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), acc.data_ptr(), partials, partials + self._maps,
-            counters_of(x.device, queue, self._counters).data_ptr(), saved.data_ptr(), address(batches), address(bias),
-            address(scale), address(gamma), address(beta), address(mean), address(var), queue, alpha, eps, momentum,
+            counters_of(x.device, queue, self._counters).data_ptr(), saved.data_ptr(), pointer(batches), pointer(bias),
+            pointer(scale), pointer(gamma), pointer(beta), pointer(mean), pointer(var), queue, alpha, eps, momentum,
         )  # fmt: skip
         return (out, acc, saved) if kernels.in_one(kernels.functions().step_forward, self._kind, step) else None
 
@@ -95,9 +95,9 @@ class TrainingStep:
             new(one, (1,), t.dtype) if want and t is not None else None for t, want in zip(given, wanted, strict=True)
         ]
         step = _BACKWARD.pack(
-            grad.data_ptr(), acc.data_ptr(), saved.data_ptr(), found.data_ptr(), address(scratch), address(d_gamma),
-            address(d_beta), address(d_bias), address(d_scale), address(bias), address(scale), address(gamma),
-            address(beta), stream(device), alpha, eps,
+            grad.data_ptr(), acc.data_ptr(), saved.data_ptr(), found.data_ptr(), pointer(scratch), pointer(d_gamma),
+            pointer(d_beta), pointer(d_bias), pointer(d_scale), pointer(bias), pointer(scale), pointer(gamma),
+            pointer(beta), stream(device), alpha, eps,
         )  # fmt: skip
         kernels.functions().step_backward(self._kind, step)
         return found, by

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import gemm
-from fxfuse.kernels.abi import I64, INT, PTR, stream
+from fxfuse.kernels.abi import I64, INT, PTR
 from fxfuse.kernels.loader import library
 
 __all__ = ["matmul", "why_not"]
@@ -43,13 +43,4 @@ def why_not(a: Tensor, b: Tensor) -> str | None:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] times b [K, N], contiguous, where ``why_not`` is None."""
-    found = gemm.sides(a, b)
-    assert found is not None
-    left, right, along_m, along_n = found
-    out = torch.empty(a.size(0), b.size(1), dtype=a.dtype, device=a.device)
-    device = a.device.index
-    _function()(
-        left.data_ptr(), right.data_ptr(), out.data_ptr(), a.size(0), b.size(1), a.size(1),
-        gemm.pitch(left), gemm.pitch(right), along_m, along_n, device, stream(device),
-    )  # fmt: skip
-    return out
+    return gemm.matmul(_function(), a, b)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxfuse.kernels.abi import DTYPE_CODE, any_other_layout
+from fxfuse.kernels.abi import DTYPE_CODE, allocate, any_other_layout, stream
 from fxfuse.kernels.loader import library
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ieee",
     "is_hopper",
     "launches_dominate",
+    "matmul",
     "pitch",
     "processors",
     "rows",
@@ -135,6 +137,21 @@ def sides(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, bool, bool] | None:
     if along_n is not None and rows(a.t()) is not None:
         return a.t(), b, True, True
     return None
+
+
+def matmul(function: Callable[..., None], a: Tensor, b: Tensor, *codes: int) -> Tensor:
+    """a [M, K] times b [K, N], contiguous, by a kernel that takes both as ``sides`` finds them, which is not None;
+    codes: what it asks before the device."""
+    found = sides(a, b)
+    assert found is not None
+    left, right, along_m, along_n = found
+    (m, k), n, device = a.shape, b.size(1), a.get_device()
+    out = allocate((m, n), (n, 1), a.dtype, device)
+    function(
+        left.data_ptr(), right.data_ptr(), out.data_ptr(), m, n, k, pitch(left), pitch(right), along_m, along_n, *codes,
+        device, stream(device),
+    )  # fmt: skip
+    return out
 
 
 def pitch(matrix: Tensor) -> int:

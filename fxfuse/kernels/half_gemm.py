@@ -52,16 +52,7 @@ def why_not(a: Tensor, b: Tensor) -> str | None:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] times b [K, N], contiguous, where ``why_not`` is None."""
-    found = gemm.sides(a, b)
-    assert found is not None
-    left, right, along_m, along_n = found
-    (m, k), n, device = a.shape, b.size(1), a.get_device()
-    out = allocate((m, n), (n, 1), a.dtype, device)
-    _functions().matmul(
-        left.data_ptr(), right.data_ptr(), out.data_ptr(), m, n, k, gemm.pitch(left), gemm.pitch(right), along_m,
-        along_n, DTYPE_CODE[a.dtype], device, stream(device),
-    )  # fmt: skip
-    return out
+    return gemm.matmul(_functions().matmul, a, b, DTYPE_CODE[a.dtype])
 
 
 class Gradients:

@@ -74,10 +74,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Tensor:
         out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
+    bias = None if bias is None else bias.contiguous()
     functions().forward(
-        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.contiguous().data_ptr(), out.data_ptr(),
-        a[0].size(0), n, weight.size(1), a[1], b[1], *act.arguments(), gemm.ieee(x),
-        DTYPE_CODE[x.dtype], device, stream(device),
+        x.data_ptr(), weight.data_ptr(), pointer(bias), out.data_ptr(), a[0].size(0), n, weight.size(1), a[1], b[1],
+        *act.arguments(), gemm.ieee(x), DTYPE_CODE[x.dtype], device, stream(device),
     )  # fmt: skip
     return out
 

@@ -61,10 +61,10 @@ class Gradients(NamedTuple):
     scale: Tensor | None
 
 
-def vector(t: Tensor | None) -> tuple[int | None, int]:
+def vector(t: Tensor | None) -> tuple[int, int]:
     """Pointer and code of a contiguous vector or single number; the caller keeps the tensor alive."""
     if t is None:
-        return None, 0
+        return 0, 0
     return t.data_ptr(), DTYPE_CODE[t.dtype] + (_ONE_FOR_ALL if t.numel() == 1 else 0)
 
 
@@ -183,7 +183,7 @@ def train(
 
     None, and nothing done, where the device has no room for all of its blocks at once (part of it is set aside).
     """
-    return _train(x, weight, _train_arguments(x, c, running_mean, running_var, momentum), None, keep)
+    return _train(x, weight, _train_arguments(x, c, running_mean, running_var, momentum), 0, keep)
 
 
 def train_launch(
@@ -217,7 +217,7 @@ def _train_arguments(
 
 
 def _train(
-    x: Tensor, weight: Tensor, arguments: tuple[Any, ...], batches: int | None, keep: bool
+    x: Tensor, weight: Tensor, arguments: tuple[Any, ...], batches: int, keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     a, b = gemm.rows(x), gemm.rows(weight)
     assert a is not None and b is not None
@@ -278,10 +278,11 @@ def train_apply(
         functions().statistics(acc.data_ptr(), scratch.data_ptr(), rows, columns, dtype, device, stream(device))
         partials = scratch, step
     maps = None if partials is None else allocate((3, columns), (columns, 1), torch.float32, device)
+    found, block = partials or (None, 0)
     functions().train_apply(
-        acc.data_ptr(), out.data_ptr(), None if partials is None else partials[0].data_ptr(),
-        0 if partials is None else partials[1], pointer(maps), saved.data_ptr(), rows, columns, *c.arguments(),
-        *vector(running_mean), *vector(running_var), momentum, dtype, DTYPE_CODE[out.dtype], device, stream(device),
+        acc.data_ptr(), out.data_ptr(), pointer(found), block, pointer(maps), saved.data_ptr(), rows, columns,
+        *c.arguments(), *vector(running_mean), *vector(running_var), momentum, dtype, DTYPE_CODE[out.dtype], device,
+        stream(device),
     )  # fmt: skip
     return saved
 

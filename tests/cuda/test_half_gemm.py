@@ -95,7 +95,7 @@ def test_memory_around_the_result_is_left_alone(layout, monkeypatch):
     a, b = lay(random(torch.bfloat16, m, k), random(torch.bfloat16, k, n), layout)
     want = half_gemm.matmul(a, b)
     memory = torch.full((edge + m * n + edge,), 7.0, dtype=torch.bfloat16, device="cuda")
-    monkeypatch.setattr(half_gemm, "allocate", lambda *_: memory[edge:-edge].view(m, n))
+    monkeypatch.setattr(gemm, "allocate", lambda *_: memory[edge:-edge].view(m, n))
     assert torch.equal(half_gemm.matmul(a, b), want)
     assert bool((memory[:edge] == 7).all()) and bool((memory[-edge:] == 7).all())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxfuse.kernels import (
     activation_step,
     batchnorm_step,
+    gemm,
     half_gemm,
     kl_div,
     linear_activation_scale,
@@ -34,7 +35,7 @@ def fill_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     for place, name in (
         (torch, "empty"), (torch, "empty_like"), (kl_div, "allocate"), (small_gemm, "allocate"),
         (matmul_div_sum_scale, "allocate"), (linear_scale_batchnorm1d, "allocate"),
-        (linear_activation_scale, "allocate"), (half_gemm, "allocate"),
+        (linear_activation_scale, "allocate"), (half_gemm, "allocate"), (gemm, "allocate"),
     ):  # fmt: skip
         allocate = getattr(place, name)
 
