@@ -98,8 +98,8 @@ def forward(
     scratch = allocate((scratch_size,), _DENSE, torch.float64, index) if scratch_size else None
     v = sums.data_ptr()
     _functions().forward(
-        address, ldx, m, weights, ldw, n, k, None if bias is None else bias.data_ptr(),
-        v, None if bias is None else v + 4 * (size - 2), None if scratch is None else scratch.data_ptr(), scale,
+        address, ldx, m, weights, ldw, n, k, pointer(bias),
+        v, 0 if bias is None else v + 4 * (size - 2), pointer(scratch), scale,
         y.data_ptr(), dtype is torch.float32, code, index, stream(index),
     )  # fmt: skip
     return y, sums
@@ -172,7 +172,7 @@ def launch(
 
     if sums is not None:
         kept, v = weakref.ref(sums), sums.data_ptr()
-        beta = None if bias is None else v + 4 * (size - 2)
+        beta = 0 if bias is None else v + 4 * (size - 2)
 
         def read(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor | None:
             if kept() is None:
@@ -188,7 +188,7 @@ def launch(
         y = allocate(shape, strides, y_dtype, index)
         memory = allocate((room + 2 * scratch_size,), _DENSE, torch.float32, index)  # the sums, then scratch of float64
         v = memory.data_ptr()
-        run(x.data_ptr(), ldx, m, weights, ldw, n, k, biases, v, None if biases is None else v + 4 * (size - 2),
+        run(x.data_ptr(), ldx, m, weights, ldw, n, k, biases, v, v + 4 * (size - 2) if biases else 0,
             v + 4 * room if scratch_size else None, scale, y.data_ptr(), wide, code, index, stream(index))  # fmt: skip
         return y
 
@@ -241,8 +241,8 @@ def _forward(
     assert sums is not None
     v = sums.data_ptr()
     _functions().forward(
-        pointer(x), ldx, m, pointer(weight), ldw, n, k, None if weight is None else pointer(bias),
-        v, None if bias is None else v + 4 * (k + k % 2), pointer(scratch), scale, pointer(y),
+        pointer(x), ldx, m, pointer(weight), ldw, n, k, 0 if weight is None else pointer(bias),
+        v, 0 if bias is None else v + 4 * (k + k % 2), pointer(scratch), scale, pointer(y),
         y_dtype is torch.float32, DTYPE_CODE[dtype], device.index, stream(device.index),
     )  # fmt: skip
     return y if y is not None else sums, sums
