@@ -5,8 +5,9 @@ each GPU at a time; tests marked ``large`` come last, one process for all of the
 instrumented. Exits with 1 if a tool found anything or a test failed, and says what, each part as it ends; all that a
 process printed stays in ``--out``.
 
-Every launch is waited for: else a tool keeps what it knows of each in the GPU's memory, tens of gigabytes of it. A
-capture of a CUDA graph allows neither that nor what a tool does around a launch: tests marked ``captures`` are left
+Every launch is waited for: else a tool keeps what it knows of each in the GPU's memory, tens of gigabytes of it. Nor
+are backtraces of the host asked for: they go through Python's frames, which then keep every tensor that they hold. A
+capture of a CUDA graph allows neither waiting nor what a tool does around a launch: tests marked ``captures`` are left
 out, and so are those that measure memory, where the tools show.
 
 Racecheck and cuBLAS's Hopper kernels do not survive side by side, whether it instruments them or leaves them alone:
@@ -78,6 +79,7 @@ def run(tool: str, part: str, mark: str, out: Path, arguments: list[str], gpu: s
     """``tool`` over the tests that ``mark`` and ``arguments`` select, on one GPU."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     command += ["--report-api-errors", "no", "--force-blocking-launches", "--kernel-name", "kns=fxfuse"]
+    command += ["--show-backtrace", "device"]
     command += [sys.executable, "-m", "pytest", "-m", mark, "-q", "-p", "no:cacheprovider", "--tb=short"]
     command += [*ARGUMENTS.get(tool, ()), *arguments]
     log, started = out / f"{tool}.{part}.log", time.monotonic()
