@@ -10,6 +10,9 @@ are backtraces of the host asked for: they go through Python's frames, which the
 capture of a CUDA graph allows neither waiting nor what a tool does around a launch: tests marked ``captures`` are left
 out, and so are those that measure memory, where the tools show.
 
+Nor is a tool left to find out by itself how many mbarriers a block has, and now and then one dies before Python has
+started: it is started again, once.
+
 Racecheck and cuBLAS's Hopper kernels do not survive side by side, whether it instruments them or leaves them alone:
 under it the library's products go by float64, which has other kernels. Where a kernel orders its shared memory in a way
 that the tools cannot follow, FXFUSE_FOLLOWED has a variant of it run that they can.
@@ -35,6 +38,7 @@ from tabulate import tabulate
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 ARGUMENTS = {"racecheck": ("--plain-products",)}
+BARRIERS = 64  # mbarriers of a block, at least
 FOUND, NO_TESTS = 99, 5  # exit statuses: the tool's when it found something, pytest's when it had nothing to run
 PARTS, LARGE = "cuda and not large and not captures and not memory", "cuda and large"
 
@@ -79,14 +83,17 @@ def run(tool: str, part: str, mark: str, out: Path, arguments: list[str], gpu: s
     """``tool`` over the tests that ``mark`` and ``arguments`` select, on one GPU."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     command += ["--report-api-errors", "no", "--force-blocking-launches", "--kernel-name", "kns=fxfuse"]
-    command += ["--show-backtrace", "device"]
+    command += ["--show-backtrace", "device", "--num-cuda-barriers", str(BARRIERS)]
     command += [sys.executable, "-m", "pytest", "-m", mark, "-q", "-p", "no:cacheprovider", "--tb=short"]
     command += [*ARGUMENTS.get(tool, ()), *arguments]
     log, started = out / f"{tool}.{part}.log", time.monotonic()
-    with log.open("wb") as file:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "FXFUSE_FOLLOWED": "1"}
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
-    text = log.read_text(errors="replace")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "FXFUSE_FOLLOWED": "1"}
+    for _ in range(2):
+        with log.open("wb") as file:
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        text = log.read_text(errors="replace")
+        if status >= 0 or not all(line.startswith("=") for line in text.splitlines()):
+            break
     failed = count(text, "failed") + count(text, "errors?")
     said = re.findall(r"SUMMARY: (\d+ (?:errors?|hazards?)[^\n]*)", text)
     found = said[0] if said else "no summary"
