@@ -9,8 +9,8 @@ goes on with what is left, as long as sources and arguments are the same.
 Every launch is waited for: else a tool keeps what it knows of each in the GPU's memory, tens of gigabytes of it. Nor
 are backtraces of the host asked for: they go through Python's frames, which then keep every tensor that they hold. A
 capture of a CUDA graph allows neither waiting nor what a tool does around a launch: tests marked ``captures`` are left
-out, and so are those that measure memory, where the tools show. How many mbarriers a block has the tools are told, as
-they may count too few.
+out, and so are those that measure memory, where the tools show. How many mbarriers a block may have synccheck is told,
+as it counts too few by itself.
 
 Racecheck and cuBLAS's Hopper kernels do not survive side by side, whether it instruments them or leaves them alone:
 under it the library's products go by float64, which has other kernels. Where a kernel orders its shared memory in a way
@@ -38,8 +38,8 @@ from sanitizer_part import FOUND, Kept, Run
 from tabulate import tabulate
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-ARGUMENTS = {"racecheck": ("--plain-products",)}
-BARRIERS = 64  # mbarriers of a block, at most
+OPTIONS = {"synccheck": ("--num-cuda-barriers", "64")}
+ARGUMENTS = {"racecheck": ("--plain-products",)}  # pytest's
 PARTS, LARGE = "cuda and not large and not captures and not memory", "cuda and large"
 
 
@@ -58,7 +58,7 @@ class Plan:
     def command(self, tool: str, mark: str, *more: str) -> list[str]:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
         command += ["--report-api-errors", "no", "--force-blocking-launches", "--kernel-name", "kns=fxfuse"]
-        command += ["--show-backtrace", "device", "--num-cuda-barriers", str(BARRIERS)]
+        command += ["--show-backtrace", "device", *OPTIONS.get(tool, ())]
         command += [sys.executable, "-m", "pytest", "-m", mark, "-q", "-p", "no:cacheprovider", "--tb=short"]
         return [*command, *ARGUMENTS.get(tool, ()), *more]
 
