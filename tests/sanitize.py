@@ -9,8 +9,8 @@ goes on with what is left, as long as sources and arguments are the same.
 Every launch is waited for: else a tool keeps what it knows of each in the GPU's memory, tens of gigabytes of it. Nor
 are backtraces of the host asked for: they go through Python's frames, which then keep every tensor that they hold. A
 capture of a CUDA graph allows neither waiting nor what a tool does around a launch: tests marked ``captures`` are left
-out, and so are those that measure memory, where the tools show. How many mbarriers a block may have synccheck is told,
-as it counts too few by itself.
+out, and so are those that measure memory, where the tools show. A process sees one GPU: tests that want two are
+skipped. Synccheck is told how many mbarriers a block may have, as it may count too few by itself.
 
 Racecheck and cuBLAS's Hopper kernels do not survive side by side, whether it instruments them or leaves them alone:
 under it the library's products go by float64, which has other kernels. Where a kernel orders its shared memory in a way
@@ -34,7 +34,7 @@ from queue import SimpleQueue
 
 import sanitizer_part
 import torch
-from sanitizer_part import FOUND, Kept, Run
+from sanitizer_part import FOUND, NO_TESTS, Kept, Run
 from tabulate import tabulate
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -62,13 +62,13 @@ class Plan:
         command += [sys.executable, "-m", "pytest", "-m", mark, "-q", "-p", "no:cacheprovider", "--tb=short"]
         return [*command, *ARGUMENTS.get(tool, ()), *more]
 
-    def log(self, run: Run) -> Path:
-        return self.out / f"{run.tool}.{run.part}.log"
+    def log(self, tool: str, part: str) -> Path:
+        return self.out / f"{tool}.{part}.log"
 
     def one(self, tool: str, part: str, command: list[str], gpu: str) -> Run:
         if time.monotonic() >= self.deadline:
             return Run(tool, part)
-        return sanitizer_part.run(tool, part, command, self.log(Run(tool, part)), gpu, self.deadline)
+        return sanitizer_part.run(tool, part, command, self.log(tool, part), gpu, self.deadline)
 
 
 def gpus() -> list[str]:
@@ -78,10 +78,12 @@ def gpus() -> list[str]:
 
 
 def large_tests(arguments: Iterable[str]) -> tuple[str, ...]:
-    """The tests marked ``large`` among those that ``arguments`` select."""
+    """The tests marked ``large`` among those that ``arguments`` select; ends the command where pytest cannot tell."""
     command = [sys.executable, "-m", "pytest", "-m", LARGE, "--collect-only", "-q", "-p", "no:cacheprovider"]
-    said = subprocess.run([*command, *arguments], capture_output=True, text=True).stdout
-    return tuple(line for line in said.splitlines() if "::" in line)
+    said = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    if said.returncode not in (0, NO_TESTS):
+        sys.exit(f"pytest cannot collect the tests:\n{said.stdout[-2000:]}{said.stderr[-2000:]}")
+    return tuple(line for line in said.stdout.splitlines() if "::" in line)
 
 
 def side_by_side(jobs: list[tuple[str, str, list[str]]], plan: Plan, workers: int) -> Iterator[Run]:
@@ -161,7 +163,8 @@ def go_over(plan: Plan, kept: Kept) -> list[Run]:
             if r.clean:
                 kept.add(r)
             else:
-                print(f"{plan.log(r)}:", *sanitizer_part.why(plan.log(r)), sep="\n    ", flush=True)
+                log = plan.log(r.tool, r.part)
+                print(f"{log}:", *sanitizer_part.why(log), sep="\n    ", flush=True)
     rows = [
         (tool, sum(r.passed for r in of), sum(r.failed for r in of), f"{sum(r.clean for r in of)} of {len(of)}",
          f"{sum(r.seconds for r in of):.0f}")

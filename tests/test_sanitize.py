@@ -69,6 +69,16 @@ def test_every_part_and_every_large_test_under_each_tool(here, capsys):
     assert "45 tests passed; 0 of 15 runs found something, 0 are left" in capsys.readouterr().out
 
 
+def test_tests_that_cannot_be_collected_end_the_command():
+    with pytest.raises(SystemExit, match="cannot collect"):
+        sanitize.large_tests(["tests/there_is_no_such_file.py"])
+    assert sanitize.large_tests(["tests/test_sanitize.py"]) == ()
+    assert {t.rpartition("[")[0] for t in sanitize.large_tests(["tests/cuda"])} == {
+        "tests/cuda/test_loss_kernels.py::test_more_elements_than_an_int_counts",
+        "tests/cuda/test_matmul_div_sum_scale_cuda.py::test_more_than_2_31_elements",
+    }
+
+
 def test_what_was_found_is_said_and_run_again(here, capsys):
     (here / "bad").touch()
     status, called = calls(here, "--tool", "memcheck")
