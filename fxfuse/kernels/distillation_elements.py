@@ -40,7 +40,7 @@ def forward(
     out = torch.empty_like(student)
     scratch = torch.empty(_scratch(index), dtype=torch.uint8, device=student.device)
     _function()(
-        student.data_ptr(), teacher.data_ptr(), None, out.data_ptr(), None, None, scratch.data_ptr(),
+        student.data_ptr(), teacher.data_ptr(), 0, out.data_ptr(), 0, 0, scratch.data_ptr(),
         student.numel() // vocab, vocab, *temperatures, scale, False, log_target, DTYPE_CODE[student.dtype], index,
         stream(index),
     )  # fmt: skip
@@ -65,7 +65,7 @@ def backward(
     grad = grad.to(student.dtype).resolve_neg()
     scratch = torch.empty(_scratch(index), dtype=torch.uint8, device=student.device)
     _function()(
-        student.data_ptr(), teacher.data_ptr(), grad.data_ptr(), None, pointer(grads[0]), pointer(grads[1]),
+        student.data_ptr(), teacher.data_ptr(), grad.data_ptr(), 0, pointer(grads[0]), pointer(grads[1]),
         scratch.data_ptr(), student.numel() // vocab, vocab, *temperatures, scale, whole, log_target,
         DTYPE_CODE[student.dtype], index, stream(index),
     )  # fmt: skip

@@ -41,7 +41,7 @@ def forward(
     if not reduce:
         out = torch.empty_like(input)
         _functions()[0](
-            input.data_ptr(), target.data_ptr(), out.data_ptr(), None, None, None, input.numel(), factor, False,
+            input.data_ptr(), target.data_ptr(), out.data_ptr(), 0, 0, 0, input.numel(), factor, False,
             log_target, log_input, DTYPE_CODE[input.dtype], index, stream(index),
         )  # fmt: skip
         return out, [None, None]
@@ -69,7 +69,7 @@ def kept_forward(
         out = allocate(shape, strides, dtype, index)
         scratch = allocate((PARTIALS,), (1,), torch.float64, index) if reduce else None
         function(
-            input.data_ptr(), target.data_ptr(), out.data_ptr(), None, None, pointer(scratch), count, factor, reduce,
+            input.data_ptr(), target.data_ptr(), out.data_ptr(), 0, 0, pointer(scratch), count, factor, reduce,
             log_target, log_input, code, index, stream(index),
         )  # fmt: skip
         return out

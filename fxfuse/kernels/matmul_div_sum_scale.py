@@ -178,7 +178,7 @@ def launch(
             if kept() is None:
                 return None
             y = allocate(shape, strides, y_dtype, index)
-            run(x.data_ptr(), ldx, m, None, 0, 0, k, None, v, beta, None, scale, y.data_ptr(), wide, code, index,
+            run(x.data_ptr(), ldx, m, 0, 0, 0, k, 0, v, beta, 0, scale, y.data_ptr(), wide, code, index,
                 stream(index))  # fmt: skip
             return y
 
@@ -189,7 +189,7 @@ def launch(
         memory = allocate((room + 2 * scratch_size,), _DENSE, torch.float32, index)  # the sums, then scratch of float64
         v = memory.data_ptr()
         run(x.data_ptr(), ldx, m, weights, ldw, n, k, biases, v, v + 4 * (size - 2) if biases else 0,
-            v + 4 * room if scratch_size else None, scale, y.data_ptr(), wide, code, index, stream(index))  # fmt: skip
+            v + 4 * room if scratch_size else 0, scale, y.data_ptr(), wide, code, index, stream(index))  # fmt: skip
         return y
 
     return whole
