@@ -10,7 +10,7 @@ Every launch is waited for: else a tool keeps what it knows of each in the GPU's
 are backtraces of the host asked for: they go through Python's frames, which then keep every tensor that they hold. A
 capture of a CUDA graph allows neither waiting nor what a tool does around a launch: tests marked ``captures`` are left
 out, and so are those that measure memory, where the tools show. A process sees one GPU: tests that want two are
-skipped. Synccheck is told how many mbarriers a block may have, as it may count too few by itself.
+skipped.
 
 Racecheck and cuBLAS's Hopper kernels do not survive side by side, whether it instruments them or leaves them alone:
 under it the library's products go by float64, which has other kernels. Where a kernel orders its shared memory in a way
@@ -38,7 +38,6 @@ from sanitizer_part import FOUND, NO_TESTS, Kept, Run
 from tabulate import tabulate
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-OPTIONS = {"synccheck": ("--num-cuda-barriers", "64")}
 ARGUMENTS = {"racecheck": ("--plain-products",)}  # pytest's
 PARTS, LARGE = "cuda and not large and not captures and not memory", "cuda and large"
 
@@ -58,7 +57,7 @@ class Plan:
     def command(self, tool: str, mark: str, *more: str) -> list[str]:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
         command += ["--report-api-errors", "no", "--force-blocking-launches", "--kernel-name", "kns=fxfuse"]
-        command += ["--show-backtrace", "device", *OPTIONS.get(tool, ())]
+        command += ["--show-backtrace", "device"]
         command += [sys.executable, "-m", "pytest", "-m", mark, "-q", "-p", "no:cacheprovider", "--tb=short"]
         return [*command, *ARGUMENTS.get(tool, ()), *more]
 

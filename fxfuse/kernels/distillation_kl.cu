@@ -142,6 +142,8 @@ bool plan_resident(const Call& call, ResidentPlan& plan) {
   const int64_t row_bytes = bytes(plan.cluster);
   plan.stages = row_bytes * 2 <= call.props.smem_per_sm / 3 - 3072 ? 2 : 1;
   plan.smem_bytes = int(row_bytes * plan.stages);
+  // Synccheck fails where clusters of sixteen meet on a multiprocessor, of whatever kernel that has mbarriers.
+  if (plan.cluster == kMostCluster && followed()) plan.smem_bytes = int(room);
   return true;
 }
 

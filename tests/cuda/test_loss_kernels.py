@@ -102,7 +102,7 @@ def test_many_long_rows_some_of_them_unusual(dtype: torch.dtype, vocab: int) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "vocab"), [(300, 25001), (150, 32000), (70, 151936)])
+@pytest.mark.parametrize(("rows", "vocab"), [(300, 25001), (150, 32000), (70, 151936), (20, 50000)])
 @pytest.mark.parametrize("road", ["hopper"], indirect=True)  # the portable one has nothing to follow
 def test_what_tools_follow_has_the_same_bits(dtype: torch.dtype, rows: int, vocab: int, monkeypatch) -> None:
     """One block a row and several, more rows than run at a time, some of them unusual."""
