@@ -431,14 +431,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Keeps the part that was asked for of what is left to run. A dozen neighbours stay together: they share kernels,
-    which a tool prepares in each process that launches them. A part's dozens come from all over the suite, so that
-    parts take about as long; each part starts at another place, as they run side by side."""
+    """Keeps the part that was asked for of what is left to run."""
     part, parts = map(int, session.config.getoption("part").split("/"))
-    items = session.items
-    dozens = [items[i : i + 12] for i in range(12 * part, len(items), 12 * parts)]
+    session.items[:] = part_of(session.items, part, parts)
+
+
+def part_of(items: list[pytest.Item], part: int, parts: int) -> list[pytest.Item]:
+    """Every test is in one part. Neighbours stay together, a dozen where there are enough for that: they share kernels,
+    which a tool prepares in each process that launches them. A part's dozens come from all over the suite, so that
+    parts take about as long; each starts at another place, as they run side by side."""
+    size = max(1, min(12, len(items) // parts))
+    dozens = [items[i : i + size] for i in range(size * part, len(items), size * parts)]
     first = len(dozens) * part // parts
-    items[:] = [item for dozen in dozens[first:] + dozens[:first] for item in dozen]
+    return [item for dozen in dozens[first:] + dozens[:first] for item in dozen]
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:

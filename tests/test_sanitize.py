@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import sanitize
 import sanitizer_part
+from conftest import part_of
 
 TOOL = """#!/bin/sh
 echo "$@" >> "$HERE/calls"
@@ -143,3 +144,12 @@ def test_nothing_goes_on_behind_a_command_that_was_stopped(here):
     assert process.wait(60) == 1 and time.monotonic() - started < 30
     with pytest.raises(ProcessLookupError):
         os.kill(int(slow.read_text()), 0)
+
+
+@pytest.mark.parametrize("tests", [0, 1, 5, 24, 168, 4323])
+@pytest.mark.parametrize("parts", [1, 2, 7, 104, 5000])
+def test_every_test_is_in_one_part(tests, parts):
+    items = list(range(tests))
+    found = [part_of(items, part, parts) for part in range(parts)]
+    assert sorted(item for part in found for item in part) == items
+    assert sum(map(bool, found)) >= min(tests, parts) * 11 / 12  # nobody without work

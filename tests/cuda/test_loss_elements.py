@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from draws import times
 from losses import DTYPES, INF, NAN, SHAPES, check, eager_distillation, eager_kl, kl_module, road
 from torch import Tensor
 
@@ -28,7 +29,7 @@ pytestmark = [
 def test_every_element_has_its_own_gradient(dtype: torch.dtype, shape: tuple[int, int], log_target: bool) -> None:
     """No reduction, an incoming gradient that differs from element to element, and teachers of any certainty."""
     draws = []
-    for draw in range(48 if shape[0] * shape[1] < 10**5 else 12 if shape[0] * shape[1] < 10**6 else 3):
+    for draw in range(times(48 if shape[0] * shape[1] < 10**5 else 12 if shape[0] * shape[1] < 10**6 else 3)):
         s, t = torch.randn(2, *shape, device="cuda").mul(2).to(dtype)
         if draw % 3 == 1:  # one class stands out
             t[:, draw % shape[1]] = t.float().logsumexp(-1).add(draw % 7).to(dtype)
@@ -112,7 +113,7 @@ def test_small_elementwise_calls_are_as_near_as_eagers(
         return [out.detach(), *torch.autograd.grad(out, leaves[: 1 + both], grad.to(out.dtype))]
 
     draws = []
-    for _ in range(12):
+    for _ in range(times(12)):
         x, t = (torch.randn(64, 100, device="cuda").log_softmax(-1) for _ in range(2))
         x, t = (x.exp() if log_input else x).to(dtype), (t if log_target else t.exp()).to(dtype)
         grad = torch.randn(64, 100, device="cuda").to(dtype)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import times
 from losses import DTYPES, INF, NAN, SHAPES, check, eager_distillation, eager_kl, road, with_grads
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def distributions(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def test_kl_div(dtype: torch.dtype, reduction: str, log_target: bool, log_input: bool) -> None:
     args = reduction, log_target, log_input
     draws = []
-    for shape in [(4, 7), (3, 5, 77)] * 32 + [(5, 1023), (64, 8192)] * 4:
+    for shape in [(4, 7), (3, 5, 77)] * times(32) + [(5, 1023), (64, 8192)] * times(4):
         p, q = distributions(*shape, dtype=dtype)
         x, t = p if log_input else p.log(), q.log() if log_target else q
         assert KL.road(x, t, *args).name == "kernel"
@@ -124,7 +125,7 @@ def test_what_tools_follow_has_the_same_bits(dtype: torch.dtype, rows: int, voca
 def test_a_certain_teacher_and_an_infinite_scale(dtype: torch.dtype, log_target: bool) -> None:
     """Teacher gradients where one class has all the probability; gradients that float16 cannot hold."""
     draws = []
-    for shape in ((65, 512), (4, 32000)) * 4:
+    for shape in ((65, 512), (4, 32000)) * times(4):
         s, t = torch.randn(2, *shape, device="cuda").mul(3).to(dtype)
         cold = [with_grads(lambda s, t: eager_distillation(s, t, 1e-2, 1e-2, "mean", log_target), *pair)
                 for pair in ((s, t), (s.double(), t.double()))]  # fmt: skip
@@ -175,7 +176,7 @@ def test_distillation(dtype: torch.dtype, shape: tuple[int, int], log_target: bo
             return eager_distillation(s, t, ts, tt, reduction, log_target)  # noqa: B023
 
         both, alone = [], []
-        for _ in range(64 if shape[0] * shape[1] < 10**5 else 24):
+        for _ in range(times(64 if shape[0] * shape[1] < 10**5 else 24)):
             s, t = torch.randn(2, *shape, device="cuda").mul(2).to(dtype)
             assert DISTILLATION.road(s, t, -1, ts, tt, ts * tt, reduction, log_target).name == "kernel"
             exact = with_grads(eager, s.double(), t.double())
@@ -197,7 +198,7 @@ def test_extreme_temperatures_and_logits(dtype: torch.dtype, temperature: float,
         return eager_distillation(s, t, temperature, temperature, "mean", False)
 
     draws = []
-    for shape in ((65, 512), (4, 32000)) * 4:
+    for shape in ((65, 512), (4, 32000)) * times(4):
         s, t = torch.randn(2, *shape, device="cuda").clamp(-1, 1).mul(size).to(dtype)
         draws.append((
             with_grads(lambda s: distillation_kl(s, t, -1, temperature, temperature, temperature**2), s),  # noqa: B023
