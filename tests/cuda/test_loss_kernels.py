@@ -358,40 +358,62 @@ def test_memory_is_the_gradients_and_rows() -> None:
     assert torch.cuda.max_memory_allocated() - before <= s.nbytes + 4 * 2**20
 
 
-@pytest.mark.large
-@pytest.mark.skipif(
+SUMS = {
+    "distillation_kl": (
+        lambda s, t: distillation_kl(s, t, -1, 2.0, 2.0, 4.0, "sum"),
+        lambda s, t: eager_distillation(s, t, 2.0, 2.0, "sum", False),
+    ),
+    "kl_div": (lambda s, t: kl_div(s, t, "sum", True), lambda s, t: eager_kl(s, t, "sum", True, False)),
+}
+MORE_THAN_AN_INT_COUNTS = 17_200, 128_000  # rows, columns
+sixty_gigabytes = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 << 30,
     reason="needs 60 GB of GPU memory",
 )
-def test_more_elements_than_an_int_counts() -> None:
-    """2.2 G elements in bfloat16: the last rows have their gradients, and the losses of quarters add up."""
-    rows, vocab, tail = 17_200, 128_000, 100
-    s, t = (torch.empty(rows, vocab, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
+
+
+@pytest.fixture
+def more_than_an_int_counts() -> tuple[Tensor, Tensor]:
+    """Two of 2.2 G elements in bfloat16."""
+    s, t = (torch.empty(MORE_THAN_AN_INT_COUNTS, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
     assert s.numel() > 2**31
-    both = {
-        lambda s, t: distillation_kl(s, t, -1, 2.0, 2.0, 4.0, "sum"):
-            lambda s, t: eager_distillation(s, t, 2.0, 2.0, "sum", False),
-        lambda s, t: kl_div(s, t, "sum", True): lambda s, t: eager_kl(s, t, "sum", True, False),
-    }  # fmt: skip
-    for ours, eager in both.items():
-        leaf = s.detach().requires_grad_()
-        loss = ours(leaf, t)
-        (grad,) = torch.autograd.grad(loss, leaf)
-        pairs = (s[-tail:], t[-tail:]), (s[-tail:].double(), t[-tail:].double())
-        peers = [with_grads(lambda s: eager(s, pair[1]), pair[0])[1:] for pair in pairs]  # noqa: B023
-        check([([grad[-tail:]], *peers)])
-        del grad
-        parts = sum(float(ours(a, b)) for a, b in zip(s.split(4300), t.split(4300), strict=True))
-        assert abs(float(loss) / parts - 1) < 1e-2
-    each = distillation_kl(s, t, -1, 2.0, 2.0, 4.0, "none")
-    assert torch.equal(each[-tail:], distillation_kl(s[-200:], t[-200:], -1, 2.0, 2.0, 4.0, "none")[-tail:])
-    del each
+    return s, t
+
+
+@pytest.mark.large
+@sixty_gigabytes
+@pytest.mark.parametrize("sum_of", SUMS)
+def test_sums_of_more_elements_than_an_int_counts(sum_of: str, more_than_an_int_counts: tuple[Tensor, Tensor]) -> None:
+    """The last rows have their gradients, and the losses of quarters add up."""
+    (s, t), (ours, eager), tail = more_than_an_int_counts, SUMS[sum_of], 100
     leaf = s.detach().requires_grad_()
-    loss = distillation_kl(leaf, t, -1, 2.0, 2.0, 4.0, "none")
-    (grad,) = torch.autograd.grad(loss, leaf, loss.detach())
-    few = s[-200:].detach().requires_grad_()
-    loss = distillation_kl(few, t[-200:], -1, 2.0, 2.0, 4.0, "none")
-    assert torch.equal(grad[-tail:], torch.autograd.grad(loss, few, loss.detach())[0][-tail:])
+    loss = ours(leaf, t)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    pairs = (s[-tail:], t[-tail:]), (s[-tail:].double(), t[-tail:].double())
+    peers = [with_grads(lambda s: eager(s, pair[1]), pair[0])[1:] for pair in pairs]  # noqa: B023
+    check([([grad[-tail:]], *peers)])
+    del grad
+    parts = sum(float(ours(a, b)) for a, b in zip(s.split(4300), t.split(4300), strict=True))
+    assert abs(float(loss) / parts - 1) < 1e-2
+
+
+@pytest.mark.large
+@sixty_gigabytes
+def test_each_of_more_elements_than_an_int_counts(more_than_an_int_counts: tuple[Tensor, Tensor]) -> None:
+    """Without a reduction the last rows have the losses and gradients that they have among few."""
+
+    def ours(s: Tensor, t: Tensor) -> Tensor:
+        return distillation_kl(s, t, -1, 2.0, 2.0, 4.0, "none")
+
+    (s, t), tail = more_than_an_int_counts, 100
+    assert torch.equal(ours(s, t)[-tail:], ours(s[-200:], t[-200:])[-tail:])
+    grads = []
+    for logits, targets in ((s, t), (s[-200:], t[-200:])):
+        leaf = logits.detach().requires_grad_()
+        loss = ours(leaf, targets)
+        grads += torch.autograd.grad(loss, leaf, loss.detach())
+        del loss
+    assert torch.equal(grads[0][-tail:], grads[1][-tail:])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
