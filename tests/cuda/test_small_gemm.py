@@ -139,7 +139,7 @@ def test_any_base_and_pitch(kind, k):
         w = weights.as_strided((50, k), (pitch_w, 1), base_w)
         errors.add("product", small_gemm.activation(x, w, None, ACTS[0])(x), activate(ACTS[0], x, w, None),
                    activate(ACTS[0], x.double(), w.double(), None))  # fmt: skip
-    for _ in range(60):
+    for _ in range(times(60)):
         for shape in ((2, 3, 5, k), (k,)):
             x, w = randn(*shape, dtype=dtype), randn(50, k, dtype=dtype)
             got, eager = small_gemm.activation(x, w, None, ACTS[0])(x), activate(ACTS[0], x, w, None)
