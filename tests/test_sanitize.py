@@ -75,7 +75,8 @@ def test_tests_that_cannot_be_collected_end_the_command():
         sanitize.large_tests(["tests/there_is_no_such_file.py"])
     assert sanitize.large_tests(["tests/test_sanitize.py"]) == ()
     assert {t.rpartition("[")[0] for t in sanitize.large_tests(["tests/cuda"])} == {
-        "tests/cuda/test_loss_kernels.py::test_more_elements_than_an_int_counts",
+        "tests/cuda/test_loss_kernels.py::test_each_of_more_elements_than_an_int_counts",
+        "tests/cuda/test_loss_kernels.py::test_sums_of_more_elements_than_an_int_counts",
         "tests/cuda/test_matmul_div_sum_scale_cuda.py::test_more_than_2_31_elements",
     }
 
