@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import draws
 import plain_products
 import pytest
 import torch
@@ -412,12 +413,14 @@ def why_no_cuda() -> str | None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="0/1", help="I/N: the I-th of N parts, from 0 on (tests/sanitize.py)")
     parser.addoption("--plain-products", action="store_true", help="the library's products on a GPU go by float64")
+    parser.addoption("--under-a-tool", action="store_true", help="few draws, of which errors are not judged (draws.py)")
 
 
 PLAIN_PRODUCTS = pytest.StashKey[torch.library.Library]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    draws.under_a_tool = config.getoption("under_a_tool")
     if config.getoption("plain_products"):
         config.stash[PLAIN_PRODUCTS] = plain_products.in_force()
 

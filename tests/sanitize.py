@@ -10,7 +10,7 @@ Every launch is waited for: else a tool keeps what it knows of each in the GPU's
 are backtraces of the host asked for: they go through Python's frames, which then keep every tensor that they hold. A
 capture of a CUDA graph allows neither waiting nor what a tool does around a launch: tests marked ``captures`` are left
 out, and so are those that measure memory, where the tools show. A process sees one GPU: tests that want two are
-skipped.
+skipped. Tests of many draws draw twice, and their errors are judged without a tool (draws.py).
 
 Racecheck and cuBLAS's Hopper kernels do not survive side by side, whether it instruments them or leaves them alone:
 under it the library's products go by float64, which has other kernels. Where a kernel orders its shared memory in a way
@@ -59,7 +59,7 @@ class Plan:
         command += ["--report-api-errors", "no", "--force-blocking-launches", "--kernel-name", "kns=fxfuse"]
         command += ["--show-backtrace", "device"]
         command += [sys.executable, "-m", "pytest", "-m", mark, "-q", "-p", "no:cacheprovider", "--tb=short"]
-        return [*command, *ARGUMENTS.get(tool, ()), *more]
+        return [*command, "--under-a-tool", *ARGUMENTS.get(tool, ()), *more]
 
     def log(self, tool: str, part: str) -> Path:
         return self.out / f"{tool}.{part}.log"

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import draws
 import pytest
 import sanitize
 import sanitizer_part
@@ -64,7 +65,7 @@ def test_every_part_and_every_large_test_under_each_tool(here, capsys):
     status, called = calls(here)
     assert status == 0 and len(called) == 3 * (4 + 1)
     assert sum("--tool racecheck" in c and "--plain-products" in c for c in called) == 5
-    assert sum("--plain-products" in c for c in called) == 5
+    assert sum("--plain-products" in c for c in called) == 5 and all("--under-a-tool" in c for c in called)
     assert all(sum(f"--part={i}/4" in c for c in called) == 3 for i in range(4))
     assert sum(c.endswith("tests/some.py::large") for c in called) == 3
     assert "45 tests passed; 0 of 15 runs found something, 0 are left" in capsys.readouterr().out
@@ -154,3 +155,9 @@ def test_every_test_is_in_one_part(tests, parts):
     found = [part_of(items, part, parts) for part in range(parts)]
     assert sorted(item for part in found for item in part) == items
     assert sum(map(bool, found)) >= min(tests, parts) * 11 / 12  # nobody without work
+
+
+def test_under_a_tool_tests_draw_twice(monkeypatch):
+    assert [draws.times(n) for n in (1, 4, 64)] == [1, 4, 64]
+    monkeypatch.setattr(draws, "under_a_tool", True)
+    assert [draws.times(n) for n in (1, 4, 64)] == [1, 2, 2]

@@ -4,11 +4,8 @@ there are two, and how large errors are is left to the suite without it."""
 
 from __future__ import annotations
 
-import os
-
-#: As tests/sanitize.py runs the tests.
-UNDER_A_TOOL = os.environ.get("FXFUSE_FOLLOWED", "") not in ("", "0")
+under_a_tool = False  # pytest's --under-a-tool
 
 
 def times(wanted: int) -> int:
-    return min(wanted, 2) if UNDER_A_TOOL else wanted
+    return min(wanted, 2) if under_a_tool else wanted
