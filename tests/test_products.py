@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from fxfuse.kernels import float32_gemm, gemm, half_gemm
+from fxfuse.kernels import float32_gemm, gemm, half_gemm, small_rule
 from fxfuse.ops import _product
 
 M, N, K = 24, 16, 40
@@ -111,3 +113,31 @@ def test_which_products_pay_on_132_multiprocessors(m, n, k, spared, whole_column
     """As measured on an H200: see docs/kernels-gemm.md."""
     monkeypatch.setattr(gemm, "processors", lambda device: 132)
     assert gemm.pays(m, n, k, 0, spared, whole_columns) is taken
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "size", "op", "taken"),
+    [
+        (256, 2048, 2048, 2, "activation", True), (256, 64, 2048, 2, "evaluation", True),
+        (2, 4096, 128, 2, "training", True), (1024, 1024, 1024, 2, "activation", True),
+        (1024, 2048, 1024, 2, "training", True), (1024, 1024, 512, 4, "training", True),
+        (1024, 1088, 64, 2, "activation", True), (1024, 4096, 64, 2, "activation", False),  # 128 x 128, and too many
+        (100, 320, 8192, 2, "activation", False), (640, 1024, 8192, 4, "evaluation", False),  # K is long
+        (100, 64, 8256, 2, "evaluation", False), (64, 64, 4096, 2, "activation", False),
+        (200, 3072, 3000, 2, "activation", False), (200, 3072, 1024, 2, "activation", True),  # rows amid a line
+        (1025, 64, 64, 2, "training", False), (1025, 64, 64, 2, "activation", True),
+        (0, 64, 64, 2, "activation", False), (64, 0, 64, 2, "activation", False), (64, 64, 0, 2, "activation", False),
+    ],
+)  # fmt: skip
+def test_which_products_narrow_tiles_take_on_132_multiprocessors(m, n, k, size, op, taken):
+    """As measured on an H200: see docs/kernels-gemm.md."""
+    assert small_rule.narrow_pays(m, n, k, size, op, 132) is taken
+
+
+@pytest.mark.parametrize("op", ["activation", "evaluation", "training"])
+def test_what_narrow_tiles_take_grows_with_the_product(op):
+    for size in (2, 4):
+        for m, n in ((64, 512), (256, 2048), (1000, 1024)):
+            times = [small_rule.narrow_us(m, n, k, size, op, 132) for k in (64, 256, 1024, 2048)]
+            assert times == sorted(times) and len(set(times)) == 4
+    assert small_rule.narrow_us(256, 2048, 512, 2, op, 20) == math.inf  # on a device with room for fewer

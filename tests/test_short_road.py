@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -302,6 +303,16 @@ def test_the_rule_for_small_products(op, size, exact):
         for n in (1, 64, 500, 2048):
             for k in (1, 64, 500, 2048):
                 assert pays(m, n, k, captured=False) or not pays(m, n, k, captured=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_small_products_give_way_to_narrow_tiles_where_these_are_quicker(op):
+    def pays(m, n, k, narrow, captured):
+        return small_rule.pays(m, n, k, 2, False, op, 132, captured, narrow)
+
+    assert pays(64, 512, 512, math.inf, True) and not pays(64, 512, 512, 1.0, True)
+    assert pays(64, 512, 512, 1.0, False) is (op == "training")  # whose launch there costs the host more
+    assert not pays(256, 2048, 2048, 7.4, False)
 
 
 def test_what_a_product_takes_grows_with_it():

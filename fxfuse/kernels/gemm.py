@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfuse.kernels import small_rule
 from fxfuse.kernels.abi import DTYPE_CODE, allocate, any_other_layout, stream
 from fxfuse.kernels.loader import library
 
@@ -22,6 +24,7 @@ __all__ = [
     "is_hopper",
     "launches_dominate",
     "matmul",
+    "narrow_us",
     "pitch",
     "processors",
     "rows",
@@ -159,19 +162,19 @@ def pitch(matrix: Tensor) -> int:
     return matrix.stride(0) if matrix.size(0) > 1 else max(matrix.size(1), 1)
 
 
-def why_not_product(x: Tensor, weight: Tensor, whole_columns: bool = False) -> str | None:
+def why_not_product(x: Tensor, weight: Tensor, op: str = "activation") -> str | None:
     """The reason why the Hopper GEMM is not used for x [..., K] and weight [N, K] of one dtype; None when it is.
 
-    The library's GEMM is taken where it is faster: products of few rows or of little work (split along K, or by smaller
-    tiles, it uses more of the device). float32 that must not be rounded to TF32 has its own mainloop (docs/float32.md).
-    ``whole_columns``: as training computes up to 1024 rows.
+    The library's GEMM is taken where it is faster: products of few tiles and long K, or of tiles that do not fill their
+    last round. float32 that must not be rounded to TF32 has its own mainloop (docs/float32.md). op: what stands behind
+    the product in the same kernel: "activation", "evaluation", "training", or "statistics" alone.
     """
     n, k = weight.shape
     m = x.numel() // max(k, 1)
     exact = ieee(x)
     if not is_hopper(x.device):
         return "not a Hopper GPU"
-    if not (float32_pays(m, n, k) if exact else pays(m, n, k, x.get_device(), 1, whole_columns)):
+    if not (float32_pays(m, n, k) if exact else _any_tiles_pay(m, n, k, x, op)):
         return "a product of this size is faster in the library"
     if exact and float32_off():
         return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
@@ -182,6 +185,24 @@ def why_not_product(x: Tensor, weight: Tensor, whole_columns: bool = False) -> s
     if rows(x) is None or rows(weight) is None:
         return "x or weight has rows that are not contiguous and 16-byte aligned"
     return None
+
+
+def narrow_us(x: Tensor, weight: Tensor, op: str) -> float:
+    """What ``why_not_product``'s kernel takes for a small product, in microseconds on the GPU; inf where it is not
+    taken, and for IEEE float32."""
+    if ieee(x) or why_not_product(x, weight, op) is not None:
+        return math.inf
+    (n, k), device = weight.shape, x.get_device()
+    return small_rule.narrow_us(x.numel() // k, n, k, x.element_size(), op, processors(device))
+
+
+def _any_tiles_pay(m: int, n: int, k: int, x: Tensor, op: str) -> bool:
+    device = x.get_device()
+    if pays(m, n, k, device, 1, op in ("training", "statistics")):
+        return True
+    if op == "statistics" or (m == 1 and x.element_size() == 4):  # the library's product of one row is float32's
+        return False
+    return small_rule.narrow_pays(m, n, k, x.element_size(), op, processors(device))
 
 
 def pays(m: int, n: int, k: int, device: int, spared: int = 0, whole_columns: bool = False) -> bool:

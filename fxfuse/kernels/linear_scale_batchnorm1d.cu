@@ -128,7 +128,7 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_product(const void* x, const void
 
 // Training in one kernel: out[m, n] normalised, running statistics updated, saved[3, n] written, *batches (int64) one more
 // where not null, and where acc is not null acc[m, n] = x weight^T. With ieee for at most 1024 rows. partials[ceil(m / 64), n]
-// and maps[n], float pairs, are scratch; counters[1 + 2 ceil(n / 128)] ints are zero and left so, by the last of the stream's
+// and maps[n], float pairs, are scratch; counters[1 + 2 ceil(n / 64)] ints are zero and left so, by the last of the stream's
 // launches that uses them.
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train(const void* x, const void* weight, void* out, void* acc, void* partials,
                                                      void* maps, void* counters, void* saved, void* batches, int64_t m,

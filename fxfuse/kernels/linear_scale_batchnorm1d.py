@@ -16,7 +16,7 @@ from fxfuse.kernels.counters import counters_of
 from fxfuse.kernels.loader import KernelError, library
 
 __all__ = [
-    "PRODUCT_ROWS", "SMALL_ELEMENTS", "SMALL_ROWS", "Columns", "Gradients", "backward", "backward_scratch",
+    "NO_ROOM", "PRODUCT_ROWS", "SMALL_ELEMENTS", "SMALL_ROWS", "Columns", "Gradients", "backward", "backward_scratch",
     "counters_for", "eval_apply", "eval_product", "functions", "in_one", "one_kernel", "train", "train_apply",
     "train_product", "vector",
 ]  # fmt: skip
@@ -25,7 +25,7 @@ _NAME = "fxfuse_linear_scale_batchnorm1d_"
 _ONE_FOR_ALL = 8  # kOneForAll in column_vector.cuh
 SMALL_ROWS = 1024  # kSmallRows: up to here statistics and normalisation can be one launch
 SMALL_ELEMENTS = 1 << 20  # ... and up to here that is the quicker way
-_TOO_LARGE_TO_COOPERATE = 720  # cudaErrorCooperativeLaunchTooLarge
+NO_ROOM = (720, NOT_SUPPORTED)  # cudaErrorCooperativeLaunchTooLarge, and no Hopper: what a launch in one kernel says
 PRODUCT_ROWS = 64  # rows of a partial that the Hopper GEMM writes
 
 #: How a batch's statistics reached ``train_apply``: (partials [blocks, N, 2], rows of a block); None: not computed yet.
@@ -183,42 +183,6 @@ def train(
 
     None, and nothing done, where the device has no room for all of its blocks at once (part of it is set aside).
     """
-    return _train(x, weight, _train_arguments(x, c, running_mean, running_var, momentum), 0, keep)
-
-
-def train_launch(
-    x: Tensor,
-    weight: Tensor,
-    c: Columns,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    batches: Tensor | None,
-) -> Callable[..., Tensor | None]:
-    """``train`` without a backward pass to come, as ``launch(x, weight, bias)`` -> out, or None where it gives None.
-
-    It adds one to ``batches`` (int64, on the device). The caller keeps every tensor's memory alive.
-    """
-    arguments, counted = _train_arguments(x, c, running_mean, running_var, momentum), pointer(batches)
-
-    def launch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        found = _train(x, weight, arguments, counted, False)
-        return None if found is None else found[0]
-
-    return launch
-
-
-def _train_arguments(
-    x: Tensor, c: Columns, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Any, ...]:
-    return (
-        *c.arguments(), *vector(running_mean), *vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype]
-    )  # fmt: skip
-
-
-def _train(
-    x: Tensor, weight: Tensor, arguments: tuple[Any, ...], batches: int, keep: bool
-) -> tuple[Tensor, Tensor | None, Tensor] | None:
     a, b = gemm.rows(x), gemm.rows(weight)
     assert a is not None and b is not None
     m, n, device = x.size(0), weight.size(0), x.get_device()
@@ -232,8 +196,9 @@ def _train(
     counters = counters_of(x.device, queue, counters_for(n))
     done = in_one(
         functions().train, x.data_ptr(), weight.data_ptr(), out.data_ptr(), pointer(acc), partials,
-        partials + 8 * blocks * n, counters.data_ptr(), saved.data_ptr(), batches, m, n, weight.size(1), a[1], b[1],
-        *arguments, device, queue,
+        partials + 8 * blocks * n, counters.data_ptr(), saved.data_ptr(), 0, m, n, weight.size(1), a[1], b[1],
+        *c.arguments(), *vector(running_mean), *vector(running_var), momentum, gemm.ieee(x), DTYPE_CODE[x.dtype],
+        device, queue,
     )  # fmt: skip
     return (out, acc, saved) if done else None
 
@@ -244,7 +209,7 @@ def in_one(call: Callable[..., None], *args: Any) -> bool:
     try:
         call(*args)
     except KernelError as error:
-        if error.code not in (_TOO_LARGE_TO_COOPERATE, NOT_SUPPORTED):
+        if error.code not in NO_ROOM:
             raise
         return False
     return True
@@ -252,7 +217,7 @@ def in_one(call: Callable[..., None], *args: Any) -> bool:
 
 def counters_for(columns: int) -> int:
     """How many counters ``train`` is given."""
-    return 1 + 2 * -(-columns // 128)
+    return 1 + 2 * -(-columns // 64)
 
 
 def train_apply(

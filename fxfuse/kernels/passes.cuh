@@ -18,6 +18,11 @@ FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train_apply(const void*, void*, c
 FXFUSE_API int fxfuse_linear_activation_scale_forward(const void*, const void*, const void*, void*, int64_t, int64_t,
                                                       int64_t, int64_t, int64_t, int, float, float, float, float, int, int,
                                                       int, void*);
+FXFUSE_API int fxfuse_linear_scale_batchnorm1d_train(const void*, const void*, void*, void*, void*, void*, void*, void*,
+                                                     void*, int64_t, int64_t, int64_t, int64_t, int64_t, const void*, int,
+                                                     const void*, int, const void*, int, float, const void*, int,
+                                                     const void*, int, float, void*, int, void*, int, float, int, int, int,
+                                                     void*);
 FXFUSE_API int fxfuse_linear_scale_batchnorm1d_eval(const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t,
                                                     int64_t, const void*, int, const void*, int, const void*, int, float,
                                                     const void*, int, const void*, int, float, const void*, int,

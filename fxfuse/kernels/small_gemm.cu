@@ -110,6 +110,23 @@ FXFUSE_API int fxfuse_large_linear_scale_batchnorm1d(const void* call, const voi
       int(p.ieee), int(p.dtype), int(p.out_dtype), int(p.device), stream);
 }
 
+// The second, in training. scratch: floats, 2 ceil(m / 64) n of partials, 2 n of maps and 3 n of saved statistics; counters
+// as fxfuse_linear_scale_batchnorm1d_train has them.
+FXFUSE_API int fxfuse_large_linear_scale_batchnorm1d_train(const void* call, const void* x, void* out, void* scratch,
+                                                           void* counters, void* stream) {
+  const auto& c = *static_cast<const small::BatchNormCall*>(call);
+  const auto& p = c.product;
+  if (!c.training || p.out_dtype != p.dtype) return int(cudaErrorInvalidValue);
+  float* const partials = static_cast<float*>(scratch);
+  float* const maps = partials + 2 * ceil_div<int64_t>(p.m, 64) * p.n;
+  return fxfuse_linear_scale_batchnorm1d_train(
+      x, p.weight, out, nullptr, partials, maps, counters, maps + 2 * p.n, c.batches, p.m, p.n, p.k, p.pitch_x, p.pitch_w,
+      c.bias.data, int(c.bias.code), c.scale.data, int(c.scale.code), c.divisor.data, int(c.divisor.code),
+      float(c.multiplier), c.gamma.data, int(c.gamma.code), c.beta.data, int(c.beta.code), c.eps, c.running_mean.data,
+      int(c.running_mean.code), c.running_var.data, int(c.running_var.code), float(c.momentum), int(p.ieee), int(p.dtype),
+      int(p.device), stream);
+}
+
 // out[m, n] = scale * act(pre_scale * z): the pass behind a library's product z, which may be out.
 FXFUSE_API int fxfuse_after_linear_activation_scale(const void* call, const void* z, void* out, void* stream) {
   const auto& c = *static_cast<const small::ActivationCall*>(call);

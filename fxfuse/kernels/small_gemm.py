@@ -1,5 +1,5 @@
 """Calls into ``small_gemm.cu``: a product of few rows with everything behind it, in one launch; and, kept in the same
-way, Hopper's large products, and the pass behind those that the library computes.
+way, products of Hopper's GEMM, and the pass behind those that the library computes.
 
 What does not change from call to call is handed over once, as a structure (:class:`Launch` and :class:`AfterProduct`
 keep it); a call is then a result's memory and a few pointers.
@@ -19,16 +19,18 @@ from torch.nn import functional as F
 
 from fxfuse.kernels import gemm, small_rule
 from fxfuse.kernels.abi import DTYPE_CODE, NOT_SUPPORTED, PTR, allocate, pointer, stream
+from fxfuse.kernels.counters import counters_of
+from fxfuse.kernels.linear_scale_batchnorm1d import NO_ROOM, PRODUCT_ROWS, Columns, counters_for
 from fxfuse.kernels.loader import KernelError, library
 
 if TYPE_CHECKING:
     from fxfuse.kernels.linear_activation_scale import Act
-    from fxfuse.kernels.linear_scale_batchnorm1d import Columns
 
 __all__ = [
     "ONE_LAUNCH",
     "AfterProduct",
     "LargeLaunch",
+    "LargeTraining",
     "Launch",
     "activation",
     "after_activation",
@@ -36,6 +38,8 @@ __all__ = [
     "batchnorm",
     "large_activation",
     "large_evaluation",
+    "large_training",
+    "one_launch",
     "why_not",
 ]
 
@@ -78,6 +82,7 @@ class _Functions(NamedTuple):
     batchnorm: Callable[..., int]
     large_activation: Callable[..., int]
     large_batchnorm: Callable[..., int]
+    large_training: Callable[..., int]
     after_activation: Callable[..., int]
     after_batchnorm: Callable[..., int]
 
@@ -92,6 +97,7 @@ def _functions() -> _Functions:
         found.raw("fxfuse_small_linear_scale_batchnorm1d", arguments),
         found.raw("fxfuse_large_linear_activation_scale", arguments),
         found.raw("fxfuse_large_linear_scale_batchnorm1d", arguments),
+        found.raw("fxfuse_large_linear_scale_batchnorm1d_train", [*arguments, PTR, PTR]),
         found.raw("fxfuse_after_linear_activation_scale", arguments),
         found.raw("fxfuse_after_linear_scale_batchnorm1d", [*arguments, PTR]),
     )
@@ -139,6 +145,34 @@ class LargeLaunch(Launch):
             if error.code != NOT_SUPPORTED:
                 raise
             return None
+
+
+class LargeTraining(Launch):
+    """The same for a batch's training, which takes scratch; None also where the device has no room for all blocks at
+    once (part of it is set aside)."""
+
+    __slots__ = ("_counters", "_where")
+
+    def __init__(self, call: ctypes.Structure, x: Tensor, n: int):
+        super().__init__(_functions().large_training, call, x, n, x.dtype)
+        self._where, self._counters = x.device, counters_for(n)
+
+    def __call__(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor | None:
+        out = allocate(self._shape, self._strides, self._dtype, self._device)
+        m, n = self._shape
+        scratch = allocate(((2 * -(-m // PRODUCT_ROWS) + 5) * n,), (1,), torch.float32, self._device)
+        queue = stream(self._device)
+        counters = counters_of(self._where, queue, self._counters)
+        code = self._function(
+            self._address, x.data_ptr(), out.data_ptr(), scratch.data_ptr(), counters.data_ptr(), queue
+        )
+        if code in NO_ROOM:
+            return None
+        if code:
+            raise _failed(code)
+        return out
 
 
 class AfterProduct:
@@ -208,10 +242,9 @@ def why_not(x: Tensor, weight: Tensor, op: str = "activation") -> str | None:
     if a[0] == 0 or n == 0 or k == 0:
         return "nothing to multiply"
     sizes = a[0], n, k, x.element_size(), (exact := _exact(x, a[0], n, k)), op, gemm.processors(x.get_device())
-    if not small_rule.pays(*sizes, captured=True) and (
-        not small_rule.pays(*sizes, captured=False) or torch.cuda.is_current_stream_capturing()
-    ):
-        return "a product this large is faster in the library"
+    narrow = math.inf if exact else gemm.narrow_us(x, weight, op)
+    if not small_rule.pays(*sizes, captured=torch.cuda.is_current_stream_capturing(), narrow=narrow):
+        return "a product this large is faster in the library, or in Hopper's GEMM"
     if exact and gemm.float32_off() and gemm.ieee(x):
         return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
     unit = 16 // x.element_size()
@@ -219,6 +252,12 @@ def why_not(x: Tensor, weight: Tensor, op: str = "activation") -> str | None:
     if not (even and _aligned(x) and _aligned(weight)) and not small_rule.unaligned_pays(a[0], n, k):
         return "rows that are not 16-byte aligned"
     return None
+
+
+def one_launch(x: Tensor, weight: Tensor, op: str = "activation", behind: str = "") -> bool:
+    """Whether a small product and all behind it are one launch, of this kernel or of Hopper's GEMM. behind: op as
+    ``gemm.why_not_product`` has it, where that is another."""
+    return why_not(x, weight, op) is None or gemm.narrow_us(x, weight, behind or op) < math.inf
 
 
 def _aligned(t: Tensor) -> bool:
@@ -232,7 +271,8 @@ def activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Laun
     """
     product = _product(x, weight, x.dtype)
     call = _ActivationCall(product, _vector(bias), *act.arguments())
-    return Launch(_functions().activation, call, x, weight.size(0), x.dtype, _in_graphs(product, x, "activation"))
+    in_graphs = _in_graphs(product, x, weight, "activation")
+    return Launch(_functions().activation, call, x, weight.size(0), x.dtype, in_graphs)
 
 
 def batchnorm(
@@ -253,7 +293,7 @@ def batchnorm(
     """
     product = _product(x, weight, out_dtype)
     call = _batchnorm_call(product, c, running_mean, running_var, training, momentum, batches)
-    in_graphs = _in_graphs(product, x, "training" if training else "evaluation")
+    in_graphs = _in_graphs(product, x, weight, "training" if training else "evaluation")
     return Launch(_functions().batchnorm, call, x, weight.size(0), out_dtype, in_graphs)
 
 
@@ -269,6 +309,21 @@ def large_evaluation(
     """``batchnorm`` in evaluation as a product of Hopper's GEMM: ``gemm.why_not_product`` has been asked."""
     call = _batchnorm_call(_product(x, weight, out_dtype), c, mean, var, False, 0.0, None)
     return LargeLaunch(_functions().large_batchnorm, call, x, weight.size(0), out_dtype)
+
+
+def large_training(
+    x: Tensor,
+    weight: Tensor,
+    c: Columns,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    batches: Tensor | None,
+) -> LargeTraining:
+    """``batchnorm`` in training as a product of Hopper's GEMM, where ``gemm.why_not_product`` is None and
+    ``one_kernel`` holds."""
+    call = _batchnorm_call(_product(x, weight, x.dtype), c, running_mean, running_var, True, momentum, batches)
+    return LargeTraining(call, x, weight.size(0))
 
 
 def after_activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> AfterProduct:
@@ -332,10 +387,10 @@ def _product(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> _Product:
     )  # fmt: skip
 
 
-def _in_graphs(p: _Product, x: Tensor, op: str) -> bool:
+def _in_graphs(p: _Product, x: Tensor, weight: Tensor, op: str) -> bool:
     """Whether this kernel is also the way where the host's time does not count."""
-    processors = gemm.processors(x.get_device())
-    return small_rule.pays(p.m, p.n, p.k, x.element_size(), bool(p.ieee), op, processors, captured=True)
+    processors, narrow = gemm.processors(x.get_device()), math.inf if p.ieee else gemm.narrow_us(x, weight, op)
+    return small_rule.pays(p.m, p.n, p.k, x.element_size(), bool(p.ieee), op, processors, captured=True, narrow=narrow)
 
 
 def _exact(x: Tensor, m: int, n: int, k: int) -> bool:

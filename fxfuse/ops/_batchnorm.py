@@ -4,6 +4,7 @@ gradients. The algebra is told in the op's own file."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,19 @@ FEW_ROWS = 4  # up to here the library's product with its bias is another, bette
 def mode(training: bool) -> str:
     """As the kernels' rules name it."""
     return "training" if training else "evaluation"
+
+
+def behind(x: Tensor, training: bool, out_dtype: torch.dtype) -> str:
+    """What stands behind the product in one kernel, as ``gemm.why_not_product`` names it."""
+    if not training:
+        return "evaluation"
+    return "training" if kernels.one_kernel(x, out_dtype) else "statistics"
+
+
+def one_launch(x: Tensor, weight: Tensor, *others: Any) -> bool:
+    """Whether a call of the op without a gradient is a single launch that its sizes make worth while."""
+    training = others[8]
+    return small_gemm.one_launch(x, weight, mode(training), behind(x, training, scaled_dtype(x, *others[1:3])))
 
 
 def product_has_bias(x: Tensor, training: bool) -> bool:
@@ -93,7 +107,7 @@ def kernel_evaluation(
     mean, var = mean.contiguous(), var.contiguous()
     if small_gemm.why_not(x, weight, "evaluation") is None:
         return small_gemm.batchnorm(x, weight, c, mean, var, out_dtype, training=False)(x)
-    if gemm.why_not_product(x, weight) is None:
+    if gemm.why_not_product(x, weight, "evaluation") is None:
         return kernels.eval_product(x, weight, c, mean, var, out_dtype)
     if product_has_bias(x, training=False):
         acc, c = F.linear(x, weight, c.bias), c._replace(bias=None)
@@ -120,12 +134,13 @@ def kernel_training(
     if mean is not None and var is not None and not (update and mean.is_contiguous() and var.is_contiguous()):
         mean, var = mean.clone(memory_format=torch.contiguous_format), var.clone(memory_format=torch.contiguous_format)
     small = not keep and small_gemm.why_not(x, weight, "training") is None
-    product = not small and gemm.why_not_product(x, weight, True) is None
+    how = behind(x, True, out_dtype)
+    product = not small and gemm.why_not_product(x, weight, how) is None
     done: tuple[Tensor, Tensor | None, Tensor] | None = None
     if small:
         out = small_gemm.batchnorm(x, weight, c, mean, var, out_dtype, training=True, momentum=momentum)(x)
         done = out, None, out
-    elif product and kernels.one_kernel(x, out_dtype):
+    elif product and how == "training":
         done = kernels.train(x, weight, c, mean, var, momentum, keep)
     if done is not None:
         out, acc, saved = done

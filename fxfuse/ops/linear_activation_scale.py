@@ -245,7 +245,7 @@ def direct(x: Tensor, weight: Tensor, bias: Tensor | None, *others: object) -> s
 
 def told(road: Road, x: Tensor, weight: Tensor, *others: object) -> Road:
     graph = torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others)
-    return SMALL if road.name == "kernel" and not graph and small_gemm.why_not(x, weight) is None else road
+    return SMALL if road.name == "kernel" and not graph and small_gemm.one_launch(x, weight) else road
 
 
 SMALL = Road("kernel", f"bias, activation and factors in the product's epilogue; {small_gemm.ONE_LAUNCH}")

@@ -40,6 +40,7 @@ from . import _batchnorm_step
 from ._autocast import cast
 from ._batchnorm import (
     FEW_ROWS,
+    behind,
     buffer,
     columns,
     factors,
@@ -48,6 +49,7 @@ from ._batchnorm import (
     kernel_gradients,
     kernel_training,
     mode,
+    one_launch,
     one_pass,
     per_column,
     product_has_bias,
@@ -283,7 +285,7 @@ def direct(x: Tensor, weight: Tensor, *others: Any) -> str:
         if x.dim() != 2:
             return "not x[M, K]"
         few = x.size(0) <= FEW_ROWS
-        if few and (graph or (others[8] and small_gemm.why_not(x, weight, "training") is not None)):
+        if few and (graph or (others[8] and not one_launch(x, weight, *others))):
             return "too few rows for a pass of their own"
         if graph:
             return gemm.launches_dominate(x, weight, 6 if others[8] else 12)
@@ -297,8 +299,7 @@ def direct(x: Tensor, weight: Tensor, *others: Any) -> str:
 
 def told(road: Road, x: Tensor, weight: Tensor, *others: Any) -> Road:
     graph = torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, *others[:6])
-    small = road.name == "kernel" and not graph and small_gemm.why_not(x, weight, mode(others[8])) is None
-    return SMALL if small else road
+    return SMALL if road.name == "kernel" and not graph and one_launch(x, weight, *others) else road
 
 
 SMALL = Road("kernel", f"scale and BatchNorm in the product's epilogue; {small_gemm.ONE_LAUNCH}")
@@ -432,12 +433,13 @@ def _launch(args: tuple[Any, ...], batches: Tensor | None) -> Launch | None:
     rest = (mean, var, scaled_dtype(x, scale, divisor), training, momentum, batches)
     if small_gemm.why_not(x, weight, mode(training)) is None:
         return small_gemm.batchnorm(x, weight, c, *rest)
-    if gemm.why_not_product(x, weight, training) is None:
+    how = behind(x, training, rest[2])
+    if gemm.why_not_product(x, weight, how) is None:
         if not training:
             return small_gemm.large_evaluation(x, weight, c, mean, var, rest[2])
-        if not kernels.one_kernel(x, rest[2]):
+        if how == "statistics":
             return None
-        return kernels.train_launch(x, weight, c, mean, var, momentum, batches)
+        return small_gemm.large_training(x, weight, c, mean, var, momentum, batches)
     passes = training and not one_pass(x.size(0), weight.size(0))
     step = kernels.block_rows(x.size(0)) if passes else 0
     with_bias = product_has_bias(x, training)

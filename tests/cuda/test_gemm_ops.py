@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from uninitialised import fill_with_nan
 
 from fxfuse.kernels import linear_scale_batchnorm1d as kernels
-from fxfuse.kernels import loader
+from fxfuse.kernels import loader, small_gemm
 from fxfuse.ops.linear_activation_scale import OP as ACTIVATION
 from fxfuse.ops.linear_activation_scale import linear_activation_scale
 from fxfuse.ops.linear_scale_batchnorm1d import linear_scale_batchnorm1d_module
@@ -212,7 +212,7 @@ def test_a_step_that_cannot_have_all_its_blocks_at_once_takes_several_kernels(mo
 
 
 @pytest.mark.parametrize("refused", ["", "no room", "portable"])
-@pytest.mark.parametrize(("m", "n", "k"), [(512, 6400, 512), (4100, 2048, 520)])
+@pytest.mark.parametrize(("m", "n", "k"), [(512, 6400, 512), (4100, 2048, 520), (640, 1024, 520)])
 def test_kept_training_calls_without_a_gradient(m, n, k, refused, monkeypatch):
     eager = Block(k, n).to("cuda", torch.bfloat16)
     fused = Fused(k, n).to("cuda", torch.bfloat16)
@@ -223,10 +223,17 @@ def test_kept_training_calls_without_a_gradient(m, n, k, refused, monkeypatch):
     def refuse(*args):
         raise loader.KernelError("no room", 720)
 
+    call = small_gemm.LargeTraining.__call__
+
+    def no_room(launch, *args):
+        launch._function = lambda *args: 720
+        return call(launch, *args)
+
     with torch.no_grad():
         for step in range(4):
             if refused == "no room" and step == 2:  # a call is kept by now
                 monkeypatch.setattr(kernels, "functions", lambda: real._replace(train=refuse))
+                monkeypatch.setattr(small_gemm.LargeTraining, "__call__", no_room)
             if refused == "portable" and step == 2:
                 monkeypatch.setenv("FXFUSE_PORTABLE", "1")
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16) + 1

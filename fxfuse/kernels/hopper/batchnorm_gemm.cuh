@@ -44,7 +44,7 @@ struct BatchNormTrainEpilogue {
     TrainState state;
     float2* partials;  // [ceil(M / 64), N]
     float2* maps;      // [N]: slope and shift, where tiles are normalised behind the tensor cores
-    BatchCounters counters;  // for ceil(N / 128) columns of tiles at most
+    BatchCounters counters;  // for ceil(N / 64) columns of tiles at most
   };
 };
 

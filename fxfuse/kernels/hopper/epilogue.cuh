@@ -31,7 +31,7 @@ struct TileWriter {
   static constexpr int kChunkColumns = kRowBytes / int(sizeof(Out));
   static constexpr int kChunks = BN / kChunkColumns;
   static constexpr int kWarpBytes = BUFFERS * kChunkBytes, kSharedBytes = 4 * kWarpBytes;  // of a warp, of a warpgroup
-  static_assert(BUFFERS >= 2 && kChunks % BUFFERS == 0, "a tile starts with the first buffer");
+  static_assert(kChunks % BUFFERS == 0, "a tile starts with the first buffer");
 
   // `shared`: this warpgroup's buffers. `columns`: shared memory with a float2 for each column of the tile (read only if
   // COLUMNS). `thread` in the warpgroup. The first lane of each warp issues its stores, and waits for them.

@@ -56,8 +56,12 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[COUNT]) {
 // clang-format off
 #define FXFUSE_ACC_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FXFUSE_ACC_32(i) FXFUSE_ACC_8(i), FXFUSE_ACC_8(i + 8), FXFUSE_ACC_8(i + 16), FXFUSE_ACC_8(i + 24)
-#define FXFUSE_ACC_64 FXFUSE_ACC_32(0), FXFUSE_ACC_32(32)
-#define FXFUSE_ACC_128 FXFUSE_ACC_64, FXFUSE_ACC_32(64), FXFUSE_ACC_32(96)
+#define FXFUSE_ACCS_32 FXFUSE_ACC_32(0)
+#define FXFUSE_ACCS_64 FXFUSE_ACCS_32, FXFUSE_ACC_32(32)
+#define FXFUSE_ACCS_128 FXFUSE_ACCS_64, FXFUSE_ACC_32(64), FXFUSE_ACC_32(96)
+#define FXFUSE_LIST_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FXFUSE_LIST_64 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -77,7 +81,7 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[COUNT]) {
 #define FXFUSE_WGMMA(SHAPE_AND_TYPES, COUNT, A, B, P, MODIFIERS, ...)                                  \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                        \
                "wgmma.mma_async.sync.aligned." SHAPE_AND_TYPES " {" FXFUSE_LIST_##COUNT "}, %" #A ", %" #B ", p, " MODIFIERS ";\n}" \
-               : FXFUSE_ACC_##COUNT : "l"(a), "l"(b), "r"(accumulate) __VA_ARGS__)
+               : FXFUSE_ACCS_##COUNT : "l"(a), "l"(b), "r"(accumulate) __VA_ARGS__)
 #define FXFUSE_WGMMA_16_BIT(TYPES)                                                                                     \
   template <bool A_ALONG_M, bool B_ALONG_N>                                                                            \
   static __device__ __forceinline__ void multiply(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {           \
@@ -86,6 +90,10 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[COUNT]) {
   template <bool A_ALONG_M, bool B_ALONG_N>                                                                            \
   static __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {            \
     FXFUSE_WGMMA("m64n128k16.f32." TYPES, 64, 64, 65, 66, "1, 1, %67, %68", , "n"(int(A_ALONG_M)), "n"(int(B_ALONG_N)));       \
+  }                                                                                                                    \
+  template <bool A_ALONG_M, bool B_ALONG_N>                                                                            \
+  static __device__ __forceinline__ void multiply(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {            \
+    FXFUSE_WGMMA("m64n64k16.f32." TYPES, 32, 32, 33, 34, "1, 1, %35, %36", , "n"(int(A_ALONG_M)), "n"(int(B_ALONG_N)));        \
   }
 // clang-format on
 
@@ -113,6 +121,11 @@ struct Wgmma<TF32> {
     static_assert(!A_ALONG_M && !B_ALONG_N, "of 16-bit elements only");
     FXFUSE_WGMMA("m64n128k8.f32.tf32.tf32", 64, 64, 65, 66, "1, 1");
   }
+  template <bool A_ALONG_M, bool B_ALONG_N>
+  static __device__ __forceinline__ void multiply(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+    static_assert(!A_ALONG_M && !B_ALONG_N, "of 16-bit elements only");
+    FXFUSE_WGMMA("m64n64k8.f32.tf32.tf32", 32, 32, 33, 34, "1, 1");
+  }
 };
 
 // A in registers: a[0], a[1] are rows lane / 4 and lane / 4 + 8 of the warp's 16 at columns 2 * (lane % 4) + {0, 1} of K,
@@ -123,7 +136,7 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[64], const uint32_t (&a)[4
       "{\n.reg .pred p;\n.reg .b64 descriptor;\nsetp.ne.b32 p, %69, 0;\nmov.b64 descriptor, {%68, 0x80000020};\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" FXFUSE_LIST_64
       "}, {%64, %65, %66, %67}, descriptor, p, 1, 1, 0;\n}"
-      : FXFUSE_ACC_64
+      : FXFUSE_ACCS_64
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate));
 }
 

@@ -1,0 +1,93 @@
+"""Products that few tiles cover: the Hopper GEMM's narrow tiles with everything behind the product in their epilogue,
+beside the library's product and a pass behind it, and beside ``small_gemm``, on sizes drawn at random: where each pays.
+
+Run on an H100 or H200: ``python benchmarks/device_narrow.py [--json FILE.json]``. Every call is in a CUDA graph, those
+of a size are timed in turn. The rules for these sizes (``small_rule``) were drawn from two such runs; a third is
+``device_narrow.json``. Without ``--seed`` the sizes are others each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch.nn import functional as F
+
+from fxfuse.bench import graphs, record
+from fxfuse.bench.timing import time_together
+from fxfuse.kernels import linear_activation_scale as las
+from fxfuse.kernels import linear_scale_batchnorm1d as lsb
+from fxfuse.kernels import loader, small_gemm
+
+ROWS = [2, 16, 32, 64, 100, 128, 200, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096]
+SIDES = [64, 128, 256, 320, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192]
+DEPTHS = [64, 128, 256, 512, 768, 1000, 1024, 2048, 3000, 4096, 8192]
+DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32}
+HEADINGS = ["", "M", "N", "K", "tiles", *[f"{op}, {how}" for op in ("activation", "evaluation", "training")
+                                          for how in ("narrow", "library", "small")]]  # fmt: skip
+CALLS = 20
+
+
+def sizes(count: int) -> list[tuple[int, int, int]]:
+    found: list[tuple[int, int, int]] = []
+    while len(found) < count:
+        size = m, n, _ = random.choice(ROWS), random.choice(SIDES), random.choice(DEPTHS)
+        if -(-m // 128) * -(-n // 128) <= 132 and size not in found:
+            found.append(size)
+    return found
+
+
+def line(name: str, m: int, n: int, k: int) -> list[object]:
+    """Microseconds of one size."""
+    dtype, device = DTYPES[name], torch.device("cuda", torch.cuda.current_device())
+    x, w = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(n, k, device="cuda", dtype=dtype)
+    b, s, mean, var = torch.rand(4, n, device="cuda", dtype=dtype).unbind()
+    c, act = lsb.Columns(b, s, None, 1.0, s, b, 1e-5), las.Act("relu", 0.0, 0.0, 1.0, 0.5)
+
+    def product(bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x, w, bias)
+
+    steps: dict[str, Callable[[int], Any]] = {
+        "activation, narrow": lambda i: las.forward(x, w, b, act),
+        "activation, library": lambda i: las.apply(z := product(b), act, z),
+        "evaluation, narrow": lambda i: lsb.eval_product(x, w, c, mean, var, dtype),
+        "evaluation, library": lambda i: lsb.eval_apply(z := product(), c, mean, var, z),
+        "training, library": lambda i: lsb.train_apply(z := product(), None, c, mean, var, 0.1, z),
+    }
+    if m <= 1024:
+        steps["training, narrow"] = lambda i: lsb.train(x, w, c, mean, var, 0.1, False)
+    if m <= 256:
+        act_launch = small_gemm.activation(x, w, b, act)
+        launches = [small_gemm.batchnorm(x, w, c, mean, var, dtype, training, 0.1) for training in (False, True)]
+        steps["activation, small"] = lambda i: act_launch(x)
+        steps["evaluation, small"] = lambda i: launches[0](x)
+        steps["training, small"] = lambda i: launches[1](x)
+    held = {name: graphs.replaying(graphs.capture(step, CALLS, device)) for name, step in steps.items()}
+    us = {name: 1e3 * t.median_ms / CALLS for name, t in time_together(held, device, rounds=7).items()}
+    tiles = -(-m // 128) * -(-n // 64)
+    return [name, m, n, k, tiles, *[round(us[h], 2) if h in us else None for h in HEADINGS[5:]]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=90, help="sizes (default %(default)s)")
+    parser.add_argument("--seed", type=int, help="of the sizes")
+    parser.add_argument("--json", type=Path, help="write the table there")
+    options = parser.parse_args()
+    assert loader.library() is not None, loader.why_unavailable()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    random.seed(options.seed)
+    lines = [line(name, *size) for name in DTYPES for size in sizes(options.count)]
+    print(tabulate(lines, HEADINGS))
+    if options.json:
+        table = {"sizes": record.table(HEADINGS, lines)}
+        record.write(options.json, "python benchmarks/device_narrow.py", table, torch.device("cuda"))
+
+
+if __name__ == "__main__":
+    main()
