@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxfuse.kernels import float32_gemm, gemm, half_gemm, small_rule
+from fxfuse.kernels import float32_gemm, gemm, half_gemm, small_gemm, small_rule
 from fxfuse.ops import _product
 
 M, N, K = 24, 16, 40
@@ -141,3 +142,16 @@ def test_what_narrow_tiles_take_grows_with_the_product(op):
             times = [small_rule.narrow_us(m, n, k, size, op, 132) for k in (64, 256, 1024, 2048)]
             assert times == sorted(times) and len(set(times)) == 4
     assert small_rule.narrow_us(256, 2048, 512, 2, op, 20) == math.inf  # on a device with room for fewer
+
+
+@pytest.mark.parametrize("op", ["activation", "evaluation", "training"])
+def test_a_fake_tensor_is_asked_for_no_address(op, monkeypatch, recwarn):
+    """As while a graph is traced, on a Hopper GPU."""
+    monkeypatch.setattr(gemm, "is_hopper", lambda device: True)
+    monkeypatch.setattr(gemm, "processors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with FakeTensorMode():
+        x, weight, large = (torch.empty(rows, 1024, device="cuda", dtype=torch.bfloat16) for rows in (256, 1024, 16384))
+        assert small_gemm.why_not(x, weight, op) is not None and gemm.narrow_us(x, weight, op) < 10
+        assert small_gemm.one_launch(x, weight, op) and not small_gemm.one_launch(x, large, op)
+    assert not recwarn.list

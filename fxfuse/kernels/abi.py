@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 __all__ = [
     "DOUBLE",
@@ -20,6 +22,7 @@ __all__ = [
     "INT",
     "NOT_SUPPORTED",
     "PTR",
+    "aligned",
     "allocate",
     "allocator",
     "any_other_layout",
@@ -46,6 +49,13 @@ def any_other_layout(*tensors: torch.Tensor | None) -> bool:
         if t is not None and (t.layout is not torch.strided or t.is_neg()):
             return True
     return False
+
+
+def aligned(t: torch.Tensor) -> bool:
+    """Whether a tensor starts at a multiple of 16 bytes. One that a trace stands in for has no address, and is taken
+    for one that does."""
+    plain = type(t) is torch.Tensor or type(t) is torch.nn.Parameter
+    return (not plain and isinstance(t, (FakeTensor, FunctionalTensor))) or t.data_ptr() % 16 == 0
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import small_rule
-from fxfuse.kernels.abi import DTYPE_CODE, allocate, any_other_layout, stream
+from fxfuse.kernels.abi import DTYPE_CODE, aligned, allocate, any_other_layout, stream
 from fxfuse.kernels.loader import library
 
 __all__ = [
@@ -124,7 +124,7 @@ def rows(t: Tensor) -> tuple[Tensor, int] | None:
     between = pitch(t)
     if t.size(1) > 1 and t.stride(1) != 1:
         return None
-    if between % unit or between < t.size(1) or t.data_ptr() % 16:
+    if between % unit or between < t.size(1) or not aligned(t):
         return None
     return t, between
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxfuse.kernels import gemm, small_rule
-from fxfuse.kernels.abi import DTYPE_CODE, NOT_SUPPORTED, PTR, allocate, pointer, stream
+from fxfuse.kernels.abi import DTYPE_CODE, NOT_SUPPORTED, PTR, aligned, allocate, pointer, stream
 from fxfuse.kernels.counters import counters_of
 from fxfuse.kernels.linear_scale_batchnorm1d import NO_ROOM, PRODUCT_ROWS, Columns, counters_for
 from fxfuse.kernels.loader import KernelError, library
@@ -249,7 +249,7 @@ def why_not(x: Tensor, weight: Tensor, op: str = "activation") -> str | None:
         return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
     unit = 16 // x.element_size()
     even = not ((a[1] % unit and a[0] > 1) or (b[1] % unit and n > 1))
-    if not (even and _aligned(x) and _aligned(weight)) and not small_rule.unaligned_pays(a[0], n, k):
+    if not (even and aligned(x) and aligned(weight)) and not small_rule.unaligned_pays(a[0], n, k):
         return "rows that are not 16-byte aligned"
     return None
 
@@ -258,10 +258,6 @@ def one_launch(x: Tensor, weight: Tensor, op: str = "activation", behind: str = 
     """Whether a small product and all behind it are one launch, of this kernel or of Hopper's GEMM. behind: op as
     ``gemm.why_not_product`` has it, where that is another."""
     return why_not(x, weight, op) is None or gemm.narrow_us(x, weight, behind or op) < math.inf
-
-
-def _aligned(t: Tensor) -> bool:
-    return type(t) not in (Tensor, torch.nn.Parameter) or t.data_ptr() % 16 == 0  # a fake tensor has no address
 
 
 def activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Launch:
