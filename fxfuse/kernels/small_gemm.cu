@@ -1,5 +1,5 @@
 // The C interface of calls that repeat: linear_activation_scale, and linear_scale_batchnorm1d in evaluation and training,
-// as small products with everything behind them, as Hopper's large ones (`_large_`), or (`_after_`) behind a product of the
+// as small products with everything behind them, as products of Hopper's GEMM (`_large_`), or (`_after_`) behind a product of the
 // library's.
 //
 // What stays the same from call to call comes in one structure that the caller keeps (small_gemm.py has the same layout):

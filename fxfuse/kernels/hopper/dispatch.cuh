@@ -13,7 +13,7 @@ template <typename T> struct TensorCoreElement { using type = T; };
 template <> struct TensorCoreElement<float> { using type = TF32; };
 
 // Large tiles shared by clusters of two, unless that leaves much of the device idle: then narrow ones, where all of them run
-// at once.
+// at once (small_rule.py repeats this choice to tell how long it takes). A row of narrow 16-bit tiles is one chunk wide.
 template <typename Epilogue, typename In, typename Out>
 cudaError_t gemm(const Operands& p, const typename Epilogue::Params& epilogue, int device, int sm_count, cudaStream_t stream) {
   using Element = typename TensorCoreElement<In>::type;
@@ -22,7 +22,8 @@ cudaError_t gemm(const Operands& p, const typename Epilogue::Params& epilogue, i
     return launch_gemm<DirectMainloop<Element, 256, 4, 2>, Epilogue, Out, 2>(p, epilogue, kBand, device, sm_count, stream);
   const int64_t rows = ceil_div<int64_t>(p.m, 128), columns = ceil_div<int64_t>(p.n, 64);
   if (rows <= sm_count && rows * columns <= sm_count - sm_count % rows)
-    return launch_gemm<DirectMainloop<Element, 64, 8, 1>, Epilogue, Out, sizeof(Out) == 2 ? 1 : 2>(p, epilogue, kBand, device, sm_count, stream);
+    return launch_gemm<DirectMainloop<Element, 64, 8, 1>, Epilogue, Out, sizeof(Out) == 2 ? 1 : 2>(p, epilogue, kBand, device,
+                                                                                                   sm_count, stream);
   return launch_gemm<DirectMainloop<Element, 128, 5, 1>, Epilogue, Out, 2>(p, epilogue, kBand, device, sm_count, stream);
 }
 
