@@ -3,13 +3,16 @@ beside the library's product and a pass behind it, and beside ``small_gemm``, on
 
 Run on an H100 or H200: ``python benchmarks/device_narrow.py [--json FILE.json]``. Every call is in a CUDA graph, those
 of a size are timed in turn. The rules for these sizes (``small_rule``) were drawn from two such runs; a third is
-``device_narrow.json``. Without ``--seed`` the sizes are others each time.
+``device_narrow.json``. Without ``--seed`` the sizes are others each time. What the rules make of a file's sizes, on any
+machine: ``python benchmarks/device_narrow.py --rules FILE.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,14 @@ from fxfuse.bench import graphs, record
 from fxfuse.bench.timing import time_together
 from fxfuse.kernels import linear_activation_scale as las
 from fxfuse.kernels import linear_scale_batchnorm1d as lsb
-from fxfuse.kernels import loader, small_gemm
+from fxfuse.kernels import loader, small_gemm, small_rule
 
 ROWS = [2, 16, 32, 64, 100, 128, 200, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096]
 SIDES = [64, 128, 256, 320, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192]
 DEPTHS = [64, 128, 256, 512, 768, 1000, 1024, 2048, 3000, 4096, 8192]
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32}
-HEADINGS = ["", "M", "N", "K", "tiles", *[f"{op}, {how}" for op in ("activation", "evaluation", "training")
-                                          for how in ("narrow", "library", "small")]]  # fmt: skip
+OPS, ROADS = ("activation", "evaluation", "training"), ("narrow", "library", "small")
+HEADINGS = ["", "M", "N", "K", "tiles", *[f"{op}, {road}" for op in OPS for road in ROADS]]
 CALLS = 20
 
 
@@ -73,12 +76,42 @@ def line(name: str, m: int, n: int, k: int) -> list[object]:
     return [name, m, n, k, tiles, *[round(us[h], 2) if h in us else None for h in HEADINGS[5:]]]
 
 
+def chosen(op: str, m: int, n: int, k: int, size: int, processors: int) -> str:
+    """The road by the rules, where the host does not count."""
+    taken = small_rule.narrow_pays(m, n, k, size, op, processors)
+    narrow = {"narrow": small_rule.narrow_us(m, n, k, size, op, processors)} if taken else {}
+    if small_rule.pays(m, n, k, size, False, op, processors, captured=True, **narrow):
+        return "small"
+    return "narrow" if taken else "library"
+
+
+def judge(file: Path) -> None:
+    """Prints what the rules choose of a file's sizes, beside the best road and the library's."""
+    found = json.loads(file.read_text())
+    processors, rows = found["machine"]["multiprocessors"], []
+    for name, *cells in found["tables"]["sizes"]["lines"]:
+        m, n, k = map(int, cells[:3])
+        for i, op in enumerate(OPS):
+            us = {r: float(c) for r, c in zip(ROADS, cells[4 + 3 * i :], strict=False) if c not in ("", "None")}
+            road = chosen(op, m, n, k, DTYPES[name].itemsize, processors)
+            rows.append((name, m, n, k, op, road, us[road], us[road] / min(us.values()), us[road] - us["library"]))
+    headings = ["", "M", "N", "K", "", "chosen", "us", "of the best", "us more than the library's"]
+    print(tabulate(sorted(rows, key=lambda row: -row[-2])[:20], headings, floatfmt=".2f"))
+    losses, more = [row[-2] for row in rows], max(row[-1] for row in rows)
+    print(f"\n{len(rows)} calls: {statistics.mean(losses):.3f} of the best on the mean, {max(losses):.2f} at most; "
+          f"at most {more:.1f} us more than the library's product and its pass")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=90, help="sizes (default %(default)s)")
     parser.add_argument("--seed", type=int, help="of the sizes")
     parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--rules", type=Path, help="a file of such sizes: only say what the rules make of it")
     options = parser.parse_args()
+    if options.rules:
+        judge(options.rules)
+        return
     assert loader.library() is not None, loader.why_unavailable()
     torch.backends.cuda.matmul.allow_tf32 = True
     random.seed(options.seed)
