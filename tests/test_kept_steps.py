@@ -100,6 +100,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
     monkeypatch.setattr(_kinds, "_capturing", lambda: False)
     for name, stand_in in (
         ("library", lambda: heard), ("is_hopper", lambda device: True), ("launches_dominate", lambda *args: ""),
+        ("processors", lambda device: 132),
     ):  # fmt: skip
         monkeypatch.setattr(gemm, name, stand_in)
     monkeypatch.setattr(small_gemm, "why_not", lambda *args: "past the small products")
@@ -152,7 +153,7 @@ def test_batchnorm(block, product, heard, stepped, monkeypatch):
     options: dict[str, Any] = {"bias": True, "scale": True, "frozen": (), **BLOCKS[block]}
     norm = {k: v for k, v in options.items() if k in ("affine", "track_running_stats")}
     monkeypatch.setattr(gemm, "why_not_product", lambda *args: "no" if product == "the library's" else None)
-    monkeypatch.setattr(bn_kernels, "one_kernel", lambda *args: product == "one kernel")
+    monkeypatch.setattr(bn_kernels, "behind", lambda *args: "training" if product == "one kernel" else "statistics")
     linear, bn = nn.Linear(K, N, bias=options["bias"]), nn.BatchNorm1d(N, momentum=0.3, eps=1e-3, **norm)
     scale = nn.Parameter(torch.rand(N)) if options["scale"] else None
     vectors = {"weight": linear.weight, "bias": linear.bias, "scale": scale, "gamma": bn.weight, "beta": bn.bias}

@@ -42,9 +42,9 @@ class TrainingStep:
         (m, k), n, device = x.shape, weight.size(0), x.get_device()
         self.device, self.dtype, self.out_dtype = device, x.dtype, out_dtype
         self.shape, self.strides = (m, n), (n, 1)
-        one = kernels.one_kernel(x, out_dtype)
-        self.product = gemm.why_not_product(x, weight, "training" if one else "statistics") is None
-        self.one_kernel = self.product and one
+        behind = kernels.behind(x, out_dtype)
+        self.product = gemm.why_not_product(x, weight, behind) is None
+        self.one_kernel = self.product and behind == "training"
         pitches = [0, 0]
         if self.one_kernel:
             a, b = gemm.rows(x), gemm.rows(weight)

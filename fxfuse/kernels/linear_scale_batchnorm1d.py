@@ -17,7 +17,7 @@ from fxfuse.kernels.loader import KernelError, library
 
 __all__ = [
     "NO_ROOM", "PRODUCT_ROWS", "SMALL_ELEMENTS", "SMALL_ROWS", "Columns", "Gradients", "backward", "backward_scratch",
-    "counters_for", "eval_apply", "eval_product", "functions", "in_one", "one_kernel", "train", "train_apply",
+    "behind", "counters_for", "eval_apply", "eval_product", "functions", "in_one", "train", "train_apply",
     "train_product", "vector",
 ]  # fmt: skip
 
@@ -164,9 +164,11 @@ def train_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Partials]:
     return acc, (partials, PRODUCT_ROWS)
 
 
-def one_kernel(x: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether ``train`` takes this batch, beside what ``gemm.why_not_product`` asks."""
-    return x.dtype == out_dtype and (x.size(0) <= SMALL_ROWS or not gemm.ieee(x))
+def behind(x: Tensor, out_dtype: torch.dtype) -> str:
+    """What stands behind a training batch's product in one kernel, as ``gemm.why_not_product`` names it: "training"
+    where ``train`` takes the batch, else its "statistics" alone."""
+    one = x.dtype == out_dtype and (x.size(0) <= SMALL_ROWS or not gemm.ieee(x))
+    return "training" if one else "statistics"
 
 
 def train(
@@ -179,7 +181,7 @@ def train(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """A training step in one kernel: (out [M, N], acc or None, saved [3, N]), where ``gemm.why_not_product`` is None
-    and ``one_kernel`` holds. ``keep``: whether the bare product acc is wanted for the backward pass.
+    and ``behind`` says "training". ``keep``: whether the bare product acc is wanted for the backward pass.
 
     None, and nothing done, where the device has no room for all of its blocks at once (part of it is set aside).
     """

@@ -27,9 +27,7 @@ def mode(training: bool) -> str:
 
 def behind(x: Tensor, training: bool, out_dtype: torch.dtype) -> str:
     """What stands behind the product in one kernel, as ``gemm.why_not_product`` names it."""
-    if not training:
-        return "evaluation"
-    return "training" if kernels.one_kernel(x, out_dtype) else "statistics"
+    return kernels.behind(x, out_dtype) if training else "evaluation"
 
 
 def one_launch(x: Tensor, weight: Tensor, *others: Any) -> bool:
