@@ -2,7 +2,7 @@
 beside the library's product and a pass behind it, and beside ``small_gemm``, on sizes drawn at random: where each pays.
 
 Run on an H100 or H200: ``python benchmarks/device_narrow.py [--json FILE.json]``. Every call is in a CUDA graph, those
-of a size are timed in turn. The rules for these sizes (``small_rule``) were drawn from two such runs; a third is
+of a size are timed in turn. The rules for these sizes (``narrow_rule``) were drawn from two such runs; a third is
 ``device_narrow.json``. Without ``--seed`` the sizes are others each time. What the rules make of a file's sizes, on any
 machine: ``python benchmarks/device_narrow.py --rules FILE.json``.
 """
@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ from fxfuse.bench import graphs, record
 from fxfuse.bench.timing import time_together
 from fxfuse.kernels import linear_activation_scale as las
 from fxfuse.kernels import linear_scale_batchnorm1d as lsb
-from fxfuse.kernels import loader, small_gemm, small_rule
+from fxfuse.kernels import loader, narrow_rule, small_gemm, small_rule
 
 ROWS = [2, 16, 32, 64, 100, 128, 200, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096]
 SIDES = [64, 128, 256, 320, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192]
 DEPTHS = [64, 128, 256, 512, 768, 1000, 1024, 2048, 3000, 4096, 8192]
-DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}  # fp32: IEEE
 OPS, ROADS = ("activation", "evaluation", "training"), ("narrow", "library", "small")
 HEADINGS = ["", "M", "N", "K", "tiles", *[f"{op}, {road}" for op in OPS for road in ROADS]]
 CALLS = 20
@@ -47,6 +48,7 @@ def sizes(count: int) -> list[tuple[int, int, int]]:
 
 def line(name: str, m: int, n: int, k: int) -> list[object]:
     """Microseconds of one size."""
+    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
     dtype, device = DTYPES[name], torch.device("cuda", torch.cuda.current_device())
     x, w = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(n, k, device="cuda", dtype=dtype)
     b, s, mean, var = torch.rand(4, n, device="cuda", dtype=dtype).unbind()
@@ -76,11 +78,11 @@ def line(name: str, m: int, n: int, k: int) -> list[object]:
     return [name, m, n, k, tiles, *[round(us[h], 2) if h in us else None for h in HEADINGS[5:]]]
 
 
-def chosen(op: str, m: int, n: int, k: int, size: int, processors: int) -> str:
+def chosen(op: str, m: int, n: int, k: int, size: int, exact: bool, processors: int) -> str:
     """The road by the rules, where the host does not count."""
-    taken = small_rule.narrow_pays(m, n, k, size, op, processors)
-    narrow = {"narrow": small_rule.narrow_us(m, n, k, size, op, processors)} if taken else {}
-    if small_rule.pays(m, n, k, size, False, op, processors, captured=True, **narrow):
+    taken = narrow_rule.pays(m, n, k, size, exact, op, processors)
+    narrow = {"narrow": narrow_rule.us(m, n, k, size, exact, op, processors)} if taken else {}
+    if small_rule.pays(m, n, k, size, exact, op, processors, captured=True, **narrow):
         return "small"
     return "narrow" if taken else "library"
 
@@ -93,7 +95,7 @@ def judge(file: Path) -> None:
         m, n, k = map(int, cells[:3])
         for i, op in enumerate(OPS):
             us = {r: float(c) for r, c in zip(ROADS, cells[4 + 3 * i :], strict=False) if c not in ("", "None")}
-            road = chosen(op, m, n, k, DTYPES[name].itemsize, processors)
+            road = chosen(op, m, n, k, DTYPES[name].itemsize, name == "fp32", processors)
             rows.append((name, m, n, k, op, road, us[road], us[road] / min(us.values()), us[road] - us["library"]))
     headings = ["", "M", "N", "K", "", "chosen", "us", "of the best", "us more than the library's"]
     print(tabulate(sorted(rows, key=lambda row: -row[-2])[:20], headings, floatfmt=".2f"))
@@ -105,6 +107,7 @@ def judge(file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=90, help="sizes (default %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=[*DTYPES], help="default: all")
     parser.add_argument("--seed", type=int, help="of the sizes")
     parser.add_argument("--json", type=Path, help="write the table there")
     parser.add_argument("--rules", type=Path, help="a file of such sizes: only say what the rules make of it")
@@ -113,13 +116,12 @@ def main() -> None:
         judge(options.rules)
         return
     assert loader.library() is not None, loader.why_unavailable()
-    torch.backends.cuda.matmul.allow_tf32 = True
     random.seed(options.seed)
-    lines = [line(name, *size) for name in DTYPES for size in sizes(options.count)]
+    lines = [line(name, *size) for name in options.dtype for size in sizes(options.count)]
     print(tabulate(lines, HEADINGS))
     if options.json:
         table = {"sizes": record.table(HEADINGS, lines)}
-        record.write(options.json, "python benchmarks/device_narrow.py", table, torch.device("cuda"))
+        record.write(options.json, " ".join(["python", *sys.argv]), table, torch.device("cuda"))
 
 
 if __name__ == "__main__":

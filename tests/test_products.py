@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxfuse.kernels import float32_gemm, gemm, half_gemm, small_gemm, small_rule
+from fxfuse.kernels import float32_gemm, gemm, half_gemm, narrow_rule, small_gemm
 from fxfuse.ops import _product
 
 M, N, K = 24, 16, 40
@@ -132,20 +132,77 @@ def test_which_products_pay_on_132_multiprocessors(m, n, k, spared, whole_column
 )  # fmt: skip
 def test_which_products_narrow_tiles_take_on_132_multiprocessors(m, n, k, size, op, taken):
     """As measured on an H200: see docs/kernels-gemm.md."""
-    assert small_rule.narrow_pays(m, n, k, size, op, 132) is taken
+    assert narrow_rule.pays(m, n, k, size, False, op, 132) is taken
 
 
-@pytest.mark.parametrize("op", ["activation", "evaluation", "training"])
-def test_what_narrow_tiles_take_grows_with_the_product(op):
-    for size in (2, 4):
-        for m, n in ((64, 512), (256, 2048), (1000, 1024)):
-            times = [small_rule.narrow_us(m, n, k, size, op, 132) for k in (64, 256, 1024, 2048)]
-            assert times == sorted(times) and len(set(times)) == 4
-    assert small_rule.narrow_us(256, 2048, 512, 2, op, 20) == math.inf  # on a device with room for fewer
+@pytest.mark.parametrize(
+    ("m", "n", "k", "op", "taken"),
+    [
+        (768, 768, 512, "activation", True), (512, 1024, 2048, "training", True), (768, 1536, 128, "evaluation", True),
+        (256, 2048, 2048, "evaluation", True), (384, 1024, 3000, "activation", True), (1024, 768, 64, "training", True),
+        (384, 1024, 3000, "evaluation", False), (320, 768, 3000, "training", False),  # shared out by the library
+        (32, 768, 3000, "activation", False), (100, 128, 3000, "evaluation", False), (1025, 64, 64, "training", False),
+        (768, 512, 8192, "evaluation", False), (64, 64, 0, "activation", False), (4096, 4096, 64, "activation", False),
+    ],
+)  # fmt: skip
+def test_which_products_in_ieee_float32_narrow_tiles_take(m, n, k, op, taken):
+    assert narrow_rule.pays(m, n, k, 4, True, op, 132) is taken
 
 
-@pytest.mark.parametrize("op", ["activation", "evaluation", "training"])
-def test_a_fake_tensor_is_asked_for_no_address(op, monkeypatch, recwarn):
+def test_which_products_alone_in_ieee_float32_narrow_tiles_take():
+    for m, n, k in ((1024, 1024, 1024), (1024, 1024, 4096), (512, 1024, 1024)):
+        assert narrow_rule.product_pays(m, n, k, 132)
+    large = 4096, 4096, 512
+    for m, n, k in ((128, 1024, 1024), (512, 512, 512), (32, 2048, 2048), (256, 64, 2048), large, (64, 64, 64)):
+        assert not narrow_rule.product_pays(m, n, k, 132)
+
+
+OPS = ["activation", "evaluation", "training"]
+KINDS = [(2, False), (4, False), (4, True)]  # bytes of an element, IEEE
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("size", "exact"), KINDS)
+def test_what_narrow_tiles_take_grows_with_the_product(op, size, exact):
+    def us(m, n, k, processors=132):
+        return narrow_rule.us(m, n, k, size, exact, op, processors)
+
+    for m, n in ((64, 512), (256, 2048), (1000, 1024)):
+        times = [us(m, n, k) for k in (64, 256, 1024, 2048)]
+        assert times == sorted(times) and len(set(times)) == 4
+    assert us(256, 2048, 512, processors=20) == math.inf  # on a device with room for fewer
+    assert us(1000, 1024, 64) < us(1000, 2048, 64) < us(1000, 2056, 64) == math.inf  # 128 x 128, and too many
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_narrow_tiles_take_where_rows_start_amid_a_cache_line(op):
+    """As many stages, each of them longer; not in IEEE float32, where another step is the slowest."""
+    more = []
+    for m, n in ((64, 512), (256, 3072), (1000, 1600)):  # 128 x 64, more than 64 of those, 128 x 128
+        whole, half, amid = (narrow_rule.us(m, n, k, 2, False, op, 132) for k in (1024, 1008, 1000))
+        assert whole < half < amid
+        more.append(amid - whole)
+        assert narrow_rule.us(m, n, 1000, 4, True, op, 132) == narrow_rule.us(m, n, 1024, 4, True, op, 132)
+    assert more[1] > more[0]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_long_products_are_not_for_narrow_tiles(op):
+    for size, k in ((2, 4096), (4, 2048)):
+        assert narrow_rule.us(64, 64, k, size, False, op, 132) < math.inf
+        assert narrow_rule.us(64, 64, k + 1, size, False, op, 132) == math.inf
+
+
+@pytest.fixture
+def warnings_every_time():
+    """torch's own, of which it else gives one a process."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_fake_tensor_is_asked_for_no_address(op, monkeypatch, warnings_every_time, recwarn):
     """As while a graph is traced, on a Hopper GPU."""
     monkeypatch.setattr(gemm, "is_hopper", lambda device: True)
     monkeypatch.setattr(gemm, "processors", lambda device: 132)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import gemm
+from fxfuse.kernels import gemm, narrow_rule
 from fxfuse.kernels.abi import I64, INT, PTR
 from fxfuse.kernels.loader import library
 
@@ -26,12 +26,13 @@ def why_not(a: Tensor, b: Tensor) -> str | None:
     """The reason why ``matmul`` does not take a [M, K] and b [K, N]; None when it does."""
     if not a.is_cuda or a.dtype is not torch.float32 or b.dtype is not torch.float32 or a.device != b.device:
         return "not float32 on one CUDA device"
-    if not gemm.float32_pays(a.size(0), b.size(1), a.size(1)):
-        return "a product this small is faster in the library"
     if not gemm.ieee(a):
         return "TF32 is allowed"
     if not gemm.is_hopper(a.device):
         return "not a Hopper GPU"
+    size = a.size(0), b.size(1), a.size(1)
+    if not (gemm.float32_pays(*size) or narrow_rule.product_pays(*size, gemm.processors(a.get_device()))):
+        return "a product this small is faster in the library"
     if gemm.float32_off():
         return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
     if b.size(1) % 4 or max(*a.shape, *b.shape) >= 2**31:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import small_rule
+from fxfuse.kernels import narrow_rule
 from fxfuse.kernels.abi import DTYPE_CODE, aligned, allocate, any_other_layout, stream
 from fxfuse.kernels.loader import library
 
@@ -174,7 +174,7 @@ def why_not_product(x: Tensor, weight: Tensor, op: str = "activation") -> str | 
     exact = ieee(x)
     if not is_hopper(x.device):
         return "not a Hopper GPU"
-    if not (float32_pays(m, n, k) if exact else _any_tiles_pay(m, n, k, x, op)):
+    if not _any_tiles_pay(m, n, k, x, exact, op):
         return "a product of this size is faster in the library"
     if exact and float32_off():
         return "FXFUSE_FLOAT32=library leaves IEEE float32 products to the library"
@@ -189,20 +189,20 @@ def why_not_product(x: Tensor, weight: Tensor, op: str = "activation") -> str | 
 
 def narrow_us(x: Tensor, weight: Tensor, op: str) -> float:
     """What ``why_not_product``'s kernel takes for a small product, in microseconds on the GPU; inf where it is not
-    taken, and for IEEE float32."""
-    if ieee(x) or why_not_product(x, weight, op) is not None:
+    taken."""
+    if why_not_product(x, weight, op) is not None:
         return math.inf
     (n, k), device = weight.shape, x.get_device()
-    return small_rule.narrow_us(x.numel() // k, n, k, x.element_size(), op, processors(device))
+    return narrow_rule.us(x.numel() // k, n, k, x.element_size(), ieee(x), op, processors(device))
 
 
-def _any_tiles_pay(m: int, n: int, k: int, x: Tensor, op: str) -> bool:
+def _any_tiles_pay(m: int, n: int, k: int, x: Tensor, exact: bool, op: str) -> bool:
     device = x.get_device()
-    if pays(m, n, k, device, 1, op in ("training", "statistics")):
+    if float32_pays(m, n, k) if exact else pays(m, n, k, device, 1, op in ("training", "statistics")):
         return True
     if op == "statistics" or (m == 1 and x.element_size() == 4):  # the library's product of one row is float32's
         return False
-    return small_rule.narrow_pays(m, n, k, x.element_size(), op, processors(device))
+    return narrow_rule.pays(m, n, k, x.element_size(), exact, op, processors(device))
 
 
 def pays(m: int, n: int, k: int, device: int, spared: int = 0, whole_columns: bool = False) -> bool:

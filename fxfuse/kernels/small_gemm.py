@@ -242,7 +242,7 @@ def why_not(x: Tensor, weight: Tensor, op: str = "activation") -> str | None:
     if a[0] == 0 or n == 0 or k == 0:
         return "nothing to multiply"
     sizes = a[0], n, k, x.element_size(), (exact := _exact(x, a[0], n, k)), op, gemm.processors(x.get_device())
-    narrow = math.inf if exact else gemm.narrow_us(x, weight, op)
+    narrow = _narrow_us(x, weight, op, exact)
     if not small_rule.pays(*sizes, captured=torch.cuda.is_current_stream_capturing(), narrow=narrow):
         return "a product this large is faster in the library, or in Hopper's GEMM"
     if exact and gemm.float32_off() and gemm.ieee(x):
@@ -317,7 +317,7 @@ def large_training(
     batches: Tensor | None,
 ) -> LargeTraining:
     """``batchnorm`` in training as a product of Hopper's GEMM, where ``gemm.why_not_product`` is None and
-    ``one_kernel`` holds."""
+    ``behind`` says "training"."""
     call = _batchnorm_call(_product(x, weight, x.dtype), c, running_mean, running_var, True, momentum, batches)
     return LargeTraining(call, x, weight.size(0))
 
@@ -385,8 +385,13 @@ def _product(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> _Product:
 
 def _in_graphs(p: _Product, x: Tensor, weight: Tensor, op: str) -> bool:
     """Whether this kernel is also the way where the host's time does not count."""
-    processors, narrow = gemm.processors(x.get_device()), math.inf if p.ieee else gemm.narrow_us(x, weight, op)
+    processors, narrow = gemm.processors(x.get_device()), _narrow_us(x, weight, op, bool(p.ieee))
     return small_rule.pays(p.m, p.n, p.k, x.element_size(), bool(p.ieee), op, processors, captured=True, narrow=narrow)
+
+
+def _narrow_us(x: Tensor, weight: Tensor, op: str, exact: bool) -> float:
+    """``gemm.narrow_us`` where that kernel is as exact."""
+    return math.inf if exact and not gemm.ieee(x) else gemm.narrow_us(x, weight, op)
 
 
 def _exact(x: Tensor, m: int, n: int, k: int) -> bool:

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
-from products import LAYOUTS, lay
+from products import LAYOUTS, LEAST, lay
 from torch.nn import functional as F
 from uninitialised import fill_with_nan
 
 from fxfuse.kernels import float32_gemm, gemm, loader
 from fxfuse.kernels import linear_activation_scale as las
+from fxfuse.kernels import linear_scale_batchnorm1d as lsb
 
 pytestmark = [
     pytest.mark.cuda,
@@ -23,8 +24,9 @@ pytestmark = [
 
 #: Large enough that the library does not split along K, as wherever the kernel is used (``gemm.float32_pays``).
 SIZES = [(1030, 2052, 16), (1000, 2056, 100), (2049, 1156, 1000), (1030, 2052, 4100), (1024, 2048, 8192)]
-#: Awkward ones: less than a tile, just over one, short and long K.
-SMALL = [(256, 128, 32), (1, 4, 8), (77, 140, 2052), (130, 260, 1000), (300, 132, 2049), (257, 132, 4100)]
+#: Awkward ones: less than a narrow tile, just over one, short and long K; and just too many of those.
+SMALL = [(256, 128, 32), (1, 4, 8), (77, 140, 2052), (130, 260, 1000), (300, 132, 2049), (257, 132, 4100),
+         (1024, 1000, 96), (127, 8444, 513), (130, 8260, 1000), (257, 5508, 2100)]  # fmt: skip
 UNIT = 2.0**-24
 
 
@@ -167,3 +169,34 @@ def test_activation_in_the_epilogue(m, n, k):
         want = (F.relu(z) if act.activation == "relu" else F.gelu(z)) * act.scale
         torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6, equal_nan=True)
         assert torch.equal(got.nan_to_num(), las.forward(x, weight, bias, act).nan_to_num())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(2, 64, 64), (77, 264, 40), (513, 1032, 8), (129, 4160, 72), (1000, 520, 328), (256, 2048, 1032),
+     (1023, 2056, 520)],
+)  # fmt: skip
+def test_training_in_the_epilogue(m, n, k, keep):
+    x, weight, (bias, gamma, beta) = random(m, k), random(n, k) / k**0.5, random(3, n)
+    scale, running = random(1, n)[0].abs() + 0.5, (random(1, n)[0], random(1, n)[0].abs())
+    eager_running, want_running = [r.clone() for r in running], [r.double() for r in running]
+
+    def original(x, weight, mean, var):
+        b, s, g, h = (t.to(x.dtype) for t in (bias, scale, gamma, beta))
+        return F.batch_norm(F.linear(x, weight, b) * s, mean, var, g, h, True, 0.3, 1e-5)
+
+    eager = original(x, weight, *eager_running)
+    want = original(x.double(), weight.double(), *want_running)
+    c = lsb.Columns(bias, scale, None, 1.0, gamma, beta, 1e-5)
+    assert gemm.why_not_product(x, weight, "training") is None
+    out, acc, _ = lsb.train(x, weight, c, *running, 0.3, keep)
+    least = LEAST[torch.float32]
+    assert error(out, want) <= 1.25 * max(error(eager, want), least)
+    for got, best, peer in zip(running, want_running, eager_running, strict=True):
+        assert error(got, best) <= 1.25 * max(error(peer, best), least)
+    assert (acc is not None) is keep
+    if keep:
+        product = x.double() @ weight.double().T
+        assert error(acc, product) <= 1.25 * max(error(x @ weight.T, product), least)
+    assert torch.equal(lsb.train(x, weight, c, None, None, 0.3, keep)[0], out), "not deterministic"

@@ -13,7 +13,8 @@ template <typename T> struct TensorCoreElement { using type = T; };
 template <> struct TensorCoreElement<float> { using type = TF32; };
 
 // Large tiles shared by clusters of two, unless that leaves much of the device idle: then narrow ones, where all of them run
-// at once (small_rule.py repeats this choice to tell how long it takes). A row of narrow 16-bit tiles is one chunk wide.
+// at once (narrow_rule.py repeats this choice to tell how long it takes). A narrow tile in 16 bits is one chunk of 64 columns,
+// and a block has one tile: a second buffer of the writer would stay empty.
 template <typename Epilogue, typename In, typename Out>
 cudaError_t gemm(const Operands& p, const typename Epilogue::Params& epilogue, int device, int sm_count, cudaStream_t stream) {
   using Element = typename TensorCoreElement<In>::type;

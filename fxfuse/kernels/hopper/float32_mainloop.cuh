@@ -14,6 +14,9 @@
 // of additions then grows as that of a tree.
 //
 // A consumer's rows come in halves of 64 that share the temporary accumulators: 128 + 64 of them, and 24 registers of A.
+//
+// A narrow tile, 128 x 64, is for products of which all tiles run at once. Its registers hold the sums of every 512 of K and
+// two blocks' temporary accumulators, of which one is added while the tensor cores fill the other.
 #pragma once
 
 #include "float32_repair.cuh"
@@ -22,30 +25,36 @@
 
 namespace fxfuse::hopper {
 
-// A is [M, K], or [K, M] where A_ALONG_M; B is [N, K], or [K, N] where B_ALONG_N. HALVES times 128 rows a tile. INTERVAL: of
-// K, in the tensor core. OUTER: of K, between sums in the result's memory.
+// A is [M, K], or [K, M] where A_ALONG_M; B is [N, K], or [K, N] where B_ALONG_N. HALVES times 128 rows a tile, of BLOCK_N
+// columns. INTERVAL: of K, in the tensor core. OUTER: of K, between sums that wait: in the result's memory, or in registers
+// where a narrow tile has room for them.
 template <bool A_ALONG_M, bool B_ALONG_N, int HALVES = 2, int INTERVAL = 32, int OUTER = 2048, int STAGES_A = 4,
-          int STAGES_RAW = 2, int STAGES_B = 3>
+          int STAGES_RAW = 2, int STAGES_B = 3, int BLOCK_N = 128>
 struct Float32Mainloop {
   using Params = Float32Operands;
-  static constexpr int kBlockM = 128 * HALVES, kBlockN = 128, kBlockK = 32, kConsumers = 2, kCluster = 1, kHalves = HALVES;
+  static constexpr int kBlockM = 128 * HALVES, kBlockN = BLOCK_N, kBlockK = 32, kConsumers = 2, kCluster = 1, kHalves = HALVES;
   static constexpr int kAccumulators = kBlockN / 2;
   static constexpr bool kPrepares = true;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr bool kNarrow = HALVES == 1 && BLOCK_N == 64;
+  static constexpr int kProducerRegisters = kNarrow ? 56 : 40, kConsumerRegisters = kNarrow ? 224 : 232;
   static constexpr int kSteps = kBlockK / 16;
   static constexpr int kBytesA = 128 * kBlockK * 4;      // of one half
   static constexpr int kBytesRaw = kBlockN * kBlockK * 4;
+  static constexpr int kGroups = kBlockN / 32, kBytesGroup = kBytesRaw / kGroups;  // of columns, where B lies along N
   static constexpr int kPlaneRow = kBlockK * 2, kPlane = kBlockN * kPlaneRow, kBytesB = 3 * kPlane;
   static constexpr int kRaw = STAGES_A * kBytesA, kPlanes = kRaw + STAGES_RAW * kBytesRaw;
   static constexpr int kSharedBytes = kPlanes + STAGES_B * kBytesB;
   static constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp, kSplitters = 3;
+  static constexpr int kOuter = OUTER / kBlockK;
   static_assert(HALVES == 1 || INTERVAL == kBlockK, "the halves share temporary accumulators");
+  static constexpr int kTogether = kNarrow ? 1 : kSplitters;  // warps that split a block of B
+  static_assert(kTogether == 1 ? STAGES_B % kSplitters == 0 : STAGES_B <= kSplitters, "a warp finds its work from the stage");
   static_assert(INTERVAL % kBlockK == 0 && OUTER % INTERVAL == 0 && !(A_ALONG_M && !B_ALONG_N));
 
   struct Pipeline {
     using RingA = Ring<STAGES_A, kConsumerWarps, 1>;
-    using RingRaw = Ring<STAGES_RAW, kSplitters, 1>;
-    using RingB = Ring<STAGES_B, kConsumerWarps, 1, kSplitters>;
+    using RingRaw = Ring<STAGES_RAW, kTogether, 1>;
+    using RingB = Ring<STAGES_B, kConsumerWarps, 1, kTogether>;
     static constexpr int kBarrierBytes = RingA::kBarrierBytes + RingRaw::kBarrierBytes + RingB::kBarrierBytes;
     RingA a;
     RingRaw raw;
@@ -90,17 +99,22 @@ struct Float32Mainloop {
 
   static __device__ __forceinline__ void produce(Pipeline& ring, uint32_t shared, const CUtensorMap* a, const CUtensorMap* b,
                                                  int m, int n, int blocks, uint32_t) {
-    for (int i = 0; i < blocks; ++i) {
-      const int k = i * kBlockK;
-      const uint32_t raw_full = ring.raw.acquire(kBytesRaw);
-      const uint32_t raw = shared + kRaw + ring.raw.stage() * kBytesRaw;
-      if constexpr (B_ALONG_N) {
+    constexpr int kAhead = kNarrow ? kSplitters : 0;  // blocks that B, which has to be split, comes before A
+    for (int i = 0; i < blocks + kAhead; ++i) {
+      if (i < blocks) {
+        const int k = i * kBlockK;
+        const uint32_t full = ring.raw.acquire(kBytesRaw);
+        const uint32_t raw = shared + kRaw + ring.raw.stage() * kBytesRaw;
+        if constexpr (B_ALONG_N) {
 #pragma unroll
-        for (int g = 0; g < 4; ++g) tma_load(raw + g * (kBytesRaw / 4), b, raw_full, n + 32 * g, k);
-      } else {
-        tma_load(raw, b, raw_full, k, n);
+          for (int g = 0; g < kGroups; ++g) tma_load(raw + g * kBytesGroup, b, full, n + 32 * g, k);
+        } else {
+          tma_load(raw, b, full, k, n);
+        }
+        ring.raw.advance();
       }
-      ring.raw.advance();
+      if (i < kAhead) continue;
+      const int k = (i - kAhead) * kBlockK;
 #pragma unroll
       for (int half = 0; half < HALVES; ++half, ring.a.advance()) {
         const uint32_t full = ring.a.acquire(kBytesA);
@@ -118,6 +132,10 @@ struct Float32Mainloop {
   }
 
   // --- B into planes ----------------------------------------------------------------------------------------------------
+  // All three warps split a block together, in turns. These are no multiple of three, so who begins changes, with the stage. A
+  // narrow tile's blocks are shorter than what it takes to wait for one and to hand it on: a warp has every third one. Either
+  // way a row of a stage is always the same warp's (racecheck does not see that the consumers stand between two writers).
+  //
   // Row n of a plane: 32 bf16. Where A lies along K, a reader of A takes four neighbours of K at once; those are then the
   // columns 2q, 2q + 1, 2q + 8, 2q + 9 of an instruction's sixteen, in the planes too.
 
@@ -126,11 +144,14 @@ struct Float32Mainloop {
   }
 
   static __device__ __forceinline__ void prepare(Pipeline& ring, uint32_t shared, int blocks, int thread) {
-    const int lane = thread % kWarp;
-    int first = thread / kWarp;  // the sixteen turns of a block are no multiple of three: who begins changes
-    for (int i = 0; i < blocks; ++i) {
+    const int lane = thread % kWarp, warp = thread / kWarp;
+    for (int i = 0; i < blocks; ++i, ring.raw.advance(), ring.b.advance()) {
+      const int stage = ring.b.stage();
+      int first = 0;
+      if constexpr (kTogether == kSplitters) first = warp < stage ? warp + kSplitters - stage : warp - stage;
+      else if (stage % kSplitters != warp) continue;
       const uint32_t raw = shared + kRaw + ring.raw.stage() * kBytesRaw;
-      const uint32_t planes = shared + kPlanes + ring.b.stage() * kBytesB;
+      const uint32_t planes = shared + kPlanes + stage * kBytesB;
       ring.b.wait_free();
       ring.raw.wait_filled();
       if constexpr (B_ALONG_N) split_along_n(raw, planes, first, lane);
@@ -138,38 +159,44 @@ struct Float32Mainloop {
       fence_async_proxy();
       ring.raw.release_by_warp(lane);
       if (lane == 0) ring.b.filled();
-      ring.raw.advance();
-      ring.b.advance();
-      first = first == 0 ? kSplitters - 1 : first - 1;
     }
   }
 
   // Eight rows a turn, four lanes to a row. A lane has eight neighbours; every other pair of them is the half of a unit.
   static __device__ __forceinline__ void split_along_k(uint32_t raw, uint32_t planes, int turn, int lane) {
-    constexpr int kRows = 8;
+    constexpr int kRows = 8, kTurns = kBlockN / kRows, kAtOnce = kNarrow ? 2 : 1;  // turns whose numbers a lane loads at once
     const int r = lane / 4, c = lane % 4;
     const uint32_t swizzled = raw + (kRows * turn + r) * kRowBytes + ((2 * c) ^ r) * kUnitBytes;
     uint32_t from = swizzled, to = plane_address(planes, kRows * turn + r, c / 2 * 2) + c % 2 * 8;
     const uint32_t other = ((2 * c + 1) ^ r) * kUnitBytes - ((2 * c) ^ r) * kUnitBytes;
     const uint32_t second = plane_address(0, r, c / 2 * 2 + 1) - plane_address(0, r, c / 2 * 2);
+    static_assert(kAtOnce == 1 || kTurns % (kAtOnce * kTogether) == 0);
 #pragma unroll 1
-    for (; turn < kBlockN / kRows; turn += kSplitters) {
-      const float4 x = load4(from), y = load4(from + other);
-      const SplitPair s = split_pair(x.x, x.y), t = split_pair(y.x, y.y);
-      store2(to, s.high, t.high), store2(to + kPlane, s.middle, t.middle), store2(to + 2 * kPlane, s.low, t.low);
-      const SplitPair u = split_pair(x.z, x.w), v = split_pair(y.z, y.w);
-      const uint32_t next = to + second;
-      store2(next, u.high, v.high), store2(next + kPlane, u.middle, v.middle), store2(next + 2 * kPlane, u.low, v.low);
-      from += kSplitters * kRows * kRowBytes;
-      to += kSplitters * kRows * kPlaneRow;
+    for (; turn < kTurns; turn += kAtOnce * kTogether) {
+      float4 x[kAtOnce], y[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const uint32_t place = from + j * (kTogether * kRows * kRowBytes);
+        x[j] = load4(place), y[j] = load4(place + other);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const uint32_t place = to + j * (kTogether * kRows * kPlaneRow), next = place + second;
+        const SplitPair s = split_pair(x[j].x, x[j].y), t = split_pair(y[j].x, y[j].y);
+        store2(place, s.high, t.high), store2(place + kPlane, s.middle, t.middle), store2(place + 2 * kPlane, s.low, t.low);
+        const SplitPair u = split_pair(x[j].z, x[j].w), v = split_pair(y[j].z, y[j].w);
+        store2(next, u.high, v.high), store2(next + kPlane, u.middle, v.middle), store2(next + 2 * kPlane, u.low, v.low);
+      }
+      from += kAtOnce * kTogether * kRows * kRowBytes;
+      to += kAtOnce * kTogether * kRows * kPlaneRow;
     }
   }
 
   // A lane has one row, and of it one unit of eight a turn.
   static __device__ __forceinline__ void split_along_n(uint32_t raw, uint32_t planes, int turn, int lane) {
 #pragma unroll 1
-    for (; turn < 16; turn += kSplitters) {
-      const int group = turn % 4, unit = turn / 4, row = 32 * group + lane;
+    for (; turn < 4 * kGroups; turn += kTogether) {
+      const int group = turn % kGroups, unit = turn / kGroups, row = 32 * group + lane;
       uint32_t high[4], middle[4], low[4];
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
@@ -177,7 +204,7 @@ struct Float32Mainloop {
         float x[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          x[j] = load(raw + group * (kBytesRaw / 4) + (k + j) * kRowBytes + ((lane / 4) ^ ((k + j) % 8)) * kUnitBytes +
+          x[j] = load(raw + group * kBytesGroup + (k + j) * kRowBytes + ((lane / 4) ^ ((k + j) % 8)) * kUnitBytes +
                       lane % 4 * 4);
         const SplitPair s = split_pair(x[0], x[1]);
         high[pair] = s.high, middle[pair] = s.middle, low[pair] = s.low;
@@ -295,9 +322,86 @@ struct Float32Mainloop {
     for (int half = 0; half < HALVES; ++half)
 #pragma unroll
       for (int i = 0; i < kAccumulators; ++i) acc[half][i] = 0.f;
-    // Where several pieces are needed, neighbouring tiles begin with a piece of another length, so that not all blocks are at
-    // the result's memory at once.
-    constexpr int kOuter = OUTER / kBlockK;
+    if constexpr (kNarrow) wait_in_registers(ring, shared, acc, blocks, warpgroup, thread);
+    else wait_in_result(p, ring, shared, acc, m, n, blocks, warpgroup, thread);
+  }
+
+  // acc = all products, by way of registers. One block of K is added while the tensor cores work on the next.
+  static __device__ __forceinline__ void wait_in_registers(Pipeline& ring, uint32_t shared,
+                                                           float (&acc)[HALVES][kAccumulators], int blocks, int warpgroup,
+                                                           int thread) {
+    float even[kAccumulators], odd[kAccumulators], waiting[kAccumulators] = {};
+    Fragment even_terms[kSteps], odd_terms[kSteps];
+    const uint32_t planes = uint32_t(matrix_descriptor_64(shared + kPlanes));
+    const int lane = thread % kWarp;
+    uint32_t mine = corner(warpgroup, thread);
+    asm volatile("" : "+r"(mine));  // or it is computed again at every turn
+    typename Pipeline::RingB read = ring.b;  // a stage behind
+    const auto begin = [&](float(&sum)[kAccumulators], Fragment(&terms)[kSteps]) {
+      const uint32_t b = planes + ring.b.stage() * (kBytesB >> 4), stage = shared + ring.a.stage() * kBytesA;
+      float x[8], y[8];
+      ring.a.wait_filled();
+      load_a(x, stage, mine, 0);
+      split(terms[0], x);
+      ring.b.wait_filled();
+      wgmma_pin(sum);
+      wgmma_fence();
+      small_products(sum, terms[0], b, 0);
+      load_a(y, stage, mine, 1);  // and split while the tensor cores work
+      ring.a.release_by_warp(lane);
+      split(terms[1], y);
+      wgmma_fence();
+      small_products(sum, terms[1], b + (kInstructionBytes >> 4), 1);
+      wgmma_bf16(sum, terms[0].high, b, 1);
+      wgmma_bf16(sum, terms[1].high, b + (kInstructionBytes >> 4), 1);
+      wgmma_commit();
+      ring.a.advance();
+      ring.b.advance();
+    };
+    const auto end = [&](float(&sum)[kAccumulators], int done) {
+      wgmma_pin(sum);
+      read.release_by_warp(lane);
+      read.advance();
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) acc[0][i] += sum[i];
+      if (done % kOuter == 0) {
+#pragma unroll
+        for (int i = 0; i < kAccumulators; ++i) {
+          waiting[i] += acc[0][i];
+          acc[0][i] = 0.f;
+        }
+      }
+    };
+    if (blocks == 0) return;
+    begin(even, even_terms);
+    int k = 1;
+    for (; k + 1 < blocks; k += 2) {
+      begin(odd, odd_terms);
+      wgmma_wait<1>();
+      end(even, k);
+      begin(even, even_terms);
+      wgmma_wait<1>();
+      end(odd, k + 1);
+    }
+    if (k < blocks) {
+      begin(odd, odd_terms);
+      wgmma_wait<1>();
+      end(even, k);
+      wgmma_wait<0>();
+      end(odd, k + 1);
+    } else {
+      wgmma_wait<0>();
+      end(even, k);
+    }
+#pragma unroll
+    for (int i = 0; i < kAccumulators; ++i) acc[0][i] += waiting[i];
+  }
+
+  // The same by way of memory. Where several pieces are needed, neighbouring tiles begin with a piece of another length, so
+  // that not all blocks are at the result's memory at once.
+  static __device__ __forceinline__ void wait_in_result(const Params& p, Pipeline& ring, uint32_t shared,
+                                                        float (&acc)[HALVES][kAccumulators], int m, int n, int blocks,
+                                                        int warpgroup, int thread) {
     const int first = blocks <= kOuter ? blocks : kOuter / 4 * (1 + (m / kBlockM + n / kBlockN) % 4);
     for (int done = 0, piece = first; done < blocks; done += piece, piece = kOuter) {
       const int next = min(done + piece, blocks);

@@ -131,15 +131,20 @@ struct Wgmma<TF32> {
 // A in registers: a[0], a[1] are rows lane / 4 and lane / 4 + 8 of the warp's 16 at columns 2 * (lane % 4) + {0, 1} of K,
 // a[2], a[3] the same rows eight columns on.
 // B as in matrix_descriptor_64, by the descriptor's low word.
-__device__ __forceinline__ void wgmma_bf16(float (&d)[64], const uint32_t (&a)[4], uint32_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\n.reg .b64 descriptor;\nsetp.ne.b32 p, %69, 0;\nmov.b64 descriptor, {%68, 0x80000020};\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" FXFUSE_LIST_64
-      "}, {%64, %65, %66, %67}, descriptor, p, 1, 1, 0;\n}"
-      : FXFUSE_ACCS_64
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate));
-}
+// clang-format off
+#define FXFUSE_WGMMA_FROM_REGISTERS(N, COUNT, A0, A1, A2, A3, B, P)                                                    \
+  __device__ __forceinline__ void wgmma_bf16(float (&d)[COUNT], const uint32_t (&a)[4], uint32_t b, int accumulate) {   \
+    asm volatile("{\n.reg .pred p;\n.reg .b64 descriptor;\nsetp.ne.b32 p, %" #P ", 0;\n"                             \
+                 "mov.b64 descriptor, {%" #B ", 0x80000020};\n"                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" FXFUSE_LIST_##COUNT "}, "                \
+                 "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, descriptor, p, 1, 1, 0;\n}"                                \
+                 : FXFUSE_ACCS_##COUNT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate));         \
+  }
+FXFUSE_WGMMA_FROM_REGISTERS(128, 64, 64, 65, 66, 67, 68, 69)
+FXFUSE_WGMMA_FROM_REGISTERS(64, 32, 32, 33, 34, 35, 36, 37)
+// clang-format on
 
+#undef FXFUSE_WGMMA_FROM_REGISTERS
 #undef FXFUSE_WGMMA_16_BIT
 #undef FXFUSE_WGMMA
 
