@@ -3,8 +3,9 @@ beside the library's product and a pass behind it, and beside ``small_gemm``, on
 
 Run on an H100 or H200: ``python benchmarks/device_narrow.py [--json FILE.json]``. Every call is in a CUDA graph, those
 of a size are timed in turn. The rules for these sizes (``narrow_rule``) were drawn from two such runs; a third is
-``device_narrow.json``. Without ``--seed`` the sizes are others each time. What the rules make of a file's sizes, on any
-machine: ``python benchmarks/device_narrow.py --rules FILE.json``.
+``device_narrow.json``. Those for IEEE float32 (``--dtype fp32``) were drawn from ``device_narrow_fp32.json``. Without
+``--seed`` the sizes are others each time. What the rules make of a file's sizes, on any machine:
+``python benchmarks/device_narrow.py --rules FILE.json``.
 """
 
 from __future__ import annotations
