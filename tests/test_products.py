@@ -152,8 +152,9 @@ def test_which_products_in_ieee_float32_narrow_tiles_take(m, n, k, op, taken):
 def test_which_products_alone_in_ieee_float32_narrow_tiles_take():
     for m, n, k in ((1024, 1024, 1024), (1024, 1024, 4096), (512, 1024, 1024)):
         assert narrow_rule.product_pays(m, n, k, 132)
-    large = 4096, 4096, 512
-    for m, n, k in ((128, 1024, 1024), (512, 512, 512), (32, 2048, 2048), (256, 64, 2048), large, (64, 64, 64)):
+    large, by_less_than_an_eighth = (4096, 4096, 512), (512, 1024, 2048)
+    for m, n, k in ((128, 1024, 1024), (512, 512, 512), (32, 2048, 2048), (256, 64, 2048), (64, 64, 64), large,
+                    by_less_than_an_eighth):  # fmt: skip
         assert not narrow_rule.product_pays(m, n, k, 132)
 
 

@@ -39,10 +39,11 @@ def us(m: int, n: int, k: int, size: int, exact: bool, op: str, processors: int)
         stage += 4e-5 * max(0, (rows * 128 - m) * -(-n // 64) - 1000)  # rows beyond x take longer than its own
     else:
         start, stage = 2.8, (0.5 if m % 128 else 0.35) + amid
-    return start + (2.8 if op == "training" else 0.0) + steps * stage
+    return start + (_BEHIND_US[op] if op == "training" else 0.0) + steps * stage
 
 
-_BEHIND_US = {"activation": 0.0, "evaluation": 0.6, "training": 2.8}  # in IEEE float32
+#: What stands behind the product; evaluation's and the activation's are in 16 bits and TF32's start.
+_BEHIND_US = {"activation": 0.0, "evaluation": 0.6, "training": 2.8}
 
 
 def pays(m: int, n: int, k: int, size: int, exact: bool, op: str, processors: int) -> bool:

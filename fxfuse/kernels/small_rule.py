@@ -1,5 +1,5 @@
 """When ``small_gemm`` pays: what it takes on a GPU, and what the library's product and the pass behind it take, by
-rules drawn from sizes that ``benchmarks/device_small.py`` measured."""
+rules drawn from sizes that ``benchmarks/device_small.py`` and, for the library, ``device_narrow.py`` measured."""
 
 from __future__ import annotations
 

@@ -22,11 +22,13 @@ pytestmark = [
     ),
 ]
 
-#: Large enough that the library does not split along K, as wherever the kernel is used (``gemm.float32_pays``).
+#: Tiles of 128 and 256 rows, and so large that the library does not split along K (``gemm.float32_pays``).
 SIZES = [(1030, 2052, 16), (1000, 2056, 100), (2049, 1156, 1000), (1030, 2052, 4100), (1024, 2048, 8192)]
 #: Awkward ones: less than a narrow tile, just over one, short and long K; and just too many of those.
 SMALL = [(256, 128, 32), (1, 4, 8), (77, 140, 2052), (130, 260, 1000), (300, 132, 2049), (257, 132, 4100),
          (1024, 1000, 96), (127, 8444, 513), (130, 8260, 1000), (257, 5508, 2100)]  # fmt: skip
+#: Narrow tiles, where the library does split along K, so that its sums are shorter.
+SHARED_OUT = [(256, 2048, 2048), (384, 1024, 3000), (128, 512, 8192)]
 UNIT = 2.0**-24
 
 
@@ -77,7 +79,7 @@ def elementwise(got: torch.Tensor, want: torch.Tensor, a: torch.Tensor, b: torch
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("m", "n", "k"), [*SIZES, (512, 3076, 65536)])
+@pytest.mark.parametrize(("m", "n", "k"), [*SIZES, *SHARED_OUT, (512, 3076, 65536)])
 def test_error_is_no_larger_than_sgemm(m, n, k, kind, layout):
     a, b = lay(*KINDS[kind](m, n, k), layout)
     want = a.double() @ b.double()
