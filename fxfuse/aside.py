@@ -1,15 +1,15 @@
-"""Steps aside: calls whose every fused op would go by eager's own operations run the module's own Python.
+"""Steps aside: calls whose every fused op would go by eager's own operations run these, and nothing else.
 
 With gradients, a small call on a GPU is bound by the host, where autograd in C++ beats a Python function; each fused op
 says so (`Op.direct`) and computes its reference. Where all of a graph's ops have said so, asking them once more only
-costs time: the module's own forward is those very operations. Sizes decide, so what was learnt is kept by the
-arguments' shapes and dtypes, and is asked again every so often: weights may have changed since. The module's own Python
-is always right, so nothing here can be wrong, only slow.
+costs time: the module's own forward is those very operations, and so is the graph as it was captured, with less Python
+around them (`straight.py`). Sizes decide, so what was learnt is kept by the arguments' shapes and dtypes, and is asked
+again every so often: weights may have changed since. Both are always right, so nothing here can be wrong, only slow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,22 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 
 
+class Known:
+    """What calls of one size run, and how many more until the ops are asked again."""
+
+    __slots__ = ("left", "run")
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.left, self.run = EVERY, run
+
+
 class Aside:
     """For which sizes of its arguments one forward steps aside."""
 
-    __slots__ = ("_left",)
+    __slots__ = ("_known",)
 
     def __init__(self) -> None:
-        self._left: dict[Hashable, int] = {}
+        self._known: dict[Hashable, Known] = {}
 
     def sizes(self, values: Sequence[Any]) -> Hashable | None:
         """By what this call is remembered; None for one that is not: without gradients, off the GPU, or watched."""
@@ -46,25 +55,24 @@ class Aside:
             return values[0].shape, values[0].dtype, True
         return tuple([(v.shape, v.dtype) if type(v) is Tensor else type(v) for v in values])
 
-    def takes(self, values: Sequence[Any]) -> bool:
-        """Whether this call is known to go by eager's own operations. Not while a graph is captured, which replays
-        without the host."""
-        if not self._left or not _grad_enabled() or _is_compiling():
-            return False
+    def find(self, values: Sequence[Any]) -> Callable[..., Any] | None:
+        """What this call runs, ``run(self, *values)``, where it is known to go by eager's own operations. Not while a
+        graph is captured, which replays without the host."""
+        if not self._known or not _grad_enabled() or _is_compiling():
+            return None
         if len(values) == 1 and type(x := values[0]) is Tensor:  # nearly every call: `sizes` in fewer steps
-            sizes: Hashable = (x.shape, x.dtype, x.is_cuda)
-            if sizes not in self._left or _dispatch_modes() or _has_torch_function_unary(x):
-                return False
+            known = self._known.get((x.shape, x.dtype, x.is_cuda))
+            if known is None or _dispatch_modes() or _has_torch_function_unary(x):
+                return None
         else:
-            sizes = self.sizes(values)
-        left = self._left.get(sizes, 0)
-        if not left or _capturing():
-            return False
-        self._left[sizes] = left - 1
-        return True
+            known = self._known.get(self.sizes(values))
+        if known is None or not known.left or _capturing():
+            return None
+        known.left -= 1
+        return known.run
 
-    def learn(self, sizes: Hashable) -> None:
-        """Remember that every op of a call of these sizes went by eager's own operations."""
-        if len(self._left) >= MOST:
-            self._left.clear()
-        self._left[sizes] = EVERY
+    def learn(self, sizes: Hashable, run: Callable[..., Any]) -> None:
+        """Remember that every op of a call of these sizes went by eager's own operations, which `run` makes."""
+        if len(self._known) >= MOST:
+            self._known.clear()
+        self._known[sizes] = Known(run)

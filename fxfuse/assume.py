@@ -79,6 +79,11 @@ class Assumptions:
     bypassed: dict[str, type] = field(default_factory=dict)
     outside: list[tuple[Any, str, Any]] = field(default_factory=list)
 
+    def forget_reads(self) -> None:
+        """Rest on nothing that was read from modules so far."""
+        for read in (self.values, self.methods, self.children):
+            read.clear()
+
     def bypass(self, path: str, module: nn.Module) -> None:
         """Take for granted that the module at ``path`` stays of its type and without hooks."""
         self.bypassed[path] = type(module)
@@ -146,6 +151,8 @@ def _differs(here: str, value: Any, constant: Callable[[Any], str]) -> str:
         return f"{here} is not {content}"
     if kind in (int, str):
         return f"{here} != {constant(content)}"
+    if kind in _SIMPLE:  # nearly always the very object
+        return f"{here} is not {constant(content)} and picture({here}) != {constant(value)}"
     return f"picture({here}) != {constant(value)}"
 
 

@@ -120,7 +120,9 @@ class _Tracer(fx.Tracer, Watcher):
         raise self.refuse(f"it unpacks the keys of {obj.node.name}")
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Placeholders for tensors and floats; constants go in as they are."""
+        """Placeholders for tensors and floats; constants go in as they are. The last that fx asks for before the
+        forward runs: what was read until here, fx has read, and the graph does not rest on it."""
+        self.captured.assumed.forget_reads()
         positional: list[Any] = [self.root] if is_module else []
         keywords: dict[str, Any] = {}
         for name, kind in zip(self.signature.names, self.kinds, strict=False):

@@ -18,14 +18,16 @@ from torch import fx, nn
 
 from fxfuse.capture import Captured, called_only, capture
 from fxfuse.choice import Choice, owner_of
+from fxfuse.codegen import compile_graph
 from fxfuse.drawing import Drawing
 from fxfuse.known import call_of, steps_of
 from fxfuse.match import Match, Miss
 from fxfuse.pattern import Pattern
-from fxfuse.plan import Plan, Variant, compile_graph, install, original_class
+from fxfuse.plan import Plan, Variant, install, original_class
 from fxfuse.report import Replacement, Report, Untraced
 from fxfuse.rewrite import Found, Fuel, find, replace
 from fxfuse.signature import Signature, Untraceable, forward_signature
+from fxfuse.straight import Straight
 from fxfuse.view import View, why_called_only
 
 __all__ = ["Compiler", "build_variant", "fuse_graph", "logger"]
@@ -160,8 +162,12 @@ def variant_of(
     choice: Choice | None = None,
 ) -> Variant:
     """Fuse a captured graph and make it callable."""
-    done = fuse_graph(captured.graph, captured.root, patterns, report, where, last_word(choice, where), found)
-    for path in {str(n.target) for match in done for n in match.nodes if n.op == "call_module"}:
+    allow = last_word(choice, where)
+    found = found or find(View(captured.graph, captured.root), patterns, allow)
+    straight = Straight(captured.graph) if found.matches and not freeze and not captured.is_function else None
+    done = fuse_graph(captured.graph, captured.root, patterns, report, where, allow, found)
+    layers = {str(n.target) for match in done for n in match.nodes if n.op == "call_module"}
+    for path in layers:
         module = captured.root.get_submodule(path)
         captured.assumed.bypass(path, module)
         captured.assumed.read_settings(path, module)
@@ -174,7 +180,9 @@ def variant_of(
     run = compile_graph(captured.graph, captured.root)
     if captured.is_function:  # the tensors it closes over live in the root made for it
         run = functools.partial(_run_function, run, captured.root)
-    return Variant(run, captured.assumed.check(), len(done))
+    if straight is not None:
+        straight.may_open(layers)
+    return Variant(run, captured.assumed.check(), len(done), straight)
 
 
 def _run_function(run: Callable[..., Any], root: nn.Module, owner: None, *tensors: Any) -> Any:

@@ -7,7 +7,6 @@ So deepcopy, pickle and replication carry it along, and a loaded copy traces its
 from __future__ import annotations
 
 import functools
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +21,12 @@ from fxfuse.choice import Choice
 from fxfuse.ops._op import Direct
 from fxfuse.pattern import Pattern, available
 from fxfuse.signature import NUMBER, TENSOR, Signature, kind_of
+from fxfuse.straight import Straight
 from fxfuse.watch import TRACING, derived
 
 __all__ = [
     "Plan",
     "Variant",
-    "compile_graph",
     "fused_class",
     "install",
     "original_class",
@@ -43,11 +42,28 @@ _ONE_TENSOR = (TENSOR,)
 
 @dataclass
 class Variant:
-    """One graph as a function ``run(self, *tensors)``, valid while ``holds(self)``; ``run`` None means plain Python."""
+    """One graph as a function ``run(self, *tensors)``, valid while ``holds(self)``; ``run`` None means plain Python.
+
+    count: fused ops in it. straight: what it was made of, for calls that step aside.
+    """
 
     run: Callable[..., Any] | None
     holds: Callable[[Any], bool]
     count: int = 0
+    straight: Straight | None = None
+
+    def aside(self, owner: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward by eager's own operations, ``run(self, *tensors)``."""
+        function = None if self.straight is None else self.straight.function(owner)
+        if function is None:
+            return original
+        holds, straight = self.holds, function
+
+        def run(owner: Any, *tensors: Any) -> Any:
+            forward = straight if holds(owner) and not hooked_everywhere() else original
+            return forward(owner, *tensors)
+
+        return run
 
 
 @dataclass
@@ -62,7 +78,7 @@ class Plan:
         function: the plain function this plan is of; None for a module's forward.
         choice, where: what verification took back, and the module's path by which it is told apart.
         variants: kinds -> graphs; several where modes differ.
-        aside: for which sizes the original forward does just what the graphs would.
+        aside: for which sizes the ops of a graph go by eager's own operations.
         build: makes the graph of a new kind of call: ``build(plan, owner, kinds)``. The compiler, which knows plans; a
             plan knows it by this alone.
     """
@@ -107,7 +123,8 @@ class Plan:
         else:
             out = variant.run(owner, *[v for v, k in zip(values, kinds, strict=False) if k is TENSOR or k is NUMBER])
         if sizes is not None and Direct.calls - before == variant.count:
-            self.aside.learn(sizes)
+            plain = owner is not None and all(type(v) is torch.Tensor for v in args) and len(args) == len(kinds)
+            self.aside.learn(sizes, variant.aside(owner, original) if plain else original)
         return out
 
     def _another(self, owner: Any, kinds: tuple[Any, ...], values: Sequence[Any]) -> Variant | None:
@@ -161,34 +178,6 @@ def hooked_everywhere() -> bool:
     )
 
 
-def compile_graph(graph: fx.Graph, root: nn.Module) -> Callable[..., Any]:
-    """The graph as a Python function ``forward(self, *inputs)``; its source is kept for tracebacks."""
-    code = graph.python_code("self", verbose=False)
-    namespace = dict(code.globals)
-    source = code.src
-    for path in {str(node.target) for node in graph.nodes if node.op == "get_attr"}:
-        source = re.sub(rf"= self\.{re.escape(path)}(?![\w.\[(])", f"= {_reach(path, root)}", source)
-    exec(compile(source, "<fxfuse forward>", "exec"), namespace)
-    function = namespace["forward"]
-    function.__fxfuse_source__ = source
-    return function
-
-
-def _reach(path: str, root: nn.Module) -> str:
-    """Source of an attribute by its path from ``self``: where it lies in a table of nn.Module, out of that, for its own
-    way takes several times as long."""
-    *owners, name = path.split(".")
-    here, owner = "self", root
-    for step in owners:
-        if step not in owner._modules:
-            return f"self.{path}"
-        here, owner = f"{here}._modules[{step!r}]", owner._modules[step]  # type: ignore[assignment]
-    for table in ("_parameters", "_buffers", "_modules"):
-        if name in getattr(owner, table):  # replicas of DataParallel hold their tensors as plain attributes
-            return f"_m.{table}[{name!r}] if {name!r} in (_m := {here}).{table} else _m.{name}"
-    return f"self.{path}"
-
-
 # --- modules that run by a plan ------------------------------------------------------------------------------------
 
 
@@ -225,8 +214,8 @@ def fused_class(original: Any) -> type:
         plan = self.__dict__.get(_ATTRIBUTE)
         if plan is None:  # made by calling the class
             return original.forward(self, *args, **kwargs)
-        if not kwargs and plan.aside.takes(args):
-            return original.forward(self, *args)
+        if not kwargs and (aside := plan.aside.find(args)) is not None:
+            return aside(self, *args)
         return plan(self, original.forward, args, kwargs)
 
     def reduce(self: Any, protocol: Any = None) -> Any:

@@ -95,8 +95,8 @@ def test_sizes_are_bounded_and_of_ordinary_calls_alone(monkeypatch):
     assert found.sizes([x]) is None, "not on a GPU"
     assert found.sizes([]) is None
     for number in range(3 * aside.MOST):
-        found.learn(number)
-        assert len(found._left) <= aside.MOST
+        found.learn(number, Model.forward)
+        assert len(found._known) <= aside.MOST
     assert found.sizes([nn.Parameter(x)]) is None
     with torch.no_grad():
         assert found.sizes([x]) is None

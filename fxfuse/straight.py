@@ -1,0 +1,102 @@
+"""A captured forward as straight-line calls: eager's own operations, without the Python that leads to them.
+
+What goes by eager's own operations (`aside.py`) is small, and much of its time on the host is nn.Module's: finding a
+layer, asking for its hooks, reading its tensors. A graph rests on all of that being as it was captured, and that is
+checked before a call (`assume.py`), so the layers of its matches need not be called: each becomes the operation that
+its forward comes to, in the same order and with the same arguments. Bit for bit eager's result and gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Container, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fxfuse.codegen import compile_graph
+
+__all__ = ["Straight", "batch_norm", "open_layers"]
+
+
+class Straight:
+    """The forward of a graph that is about to be rewritten; a copy of it is kept, and nothing of a module.
+
+    graph: as it was captured.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = copy.deepcopy(graph)
+        self._layers: frozenset[str] = frozenset()
+        self._function: Callable[..., Any] | None = None
+
+    def may_open(self, layers: Iterable[str]) -> None:
+        """Paths of torch's layers whose type, settings and lack of hooks are checked before a call."""
+        self._layers = frozenset(layers)
+
+    def function(self, owner: nn.Module) -> Callable[..., Any] | None:
+        """``forward(self, *inputs)``, made once. owner: a module for which the graph holds. None where no layer can be
+        opened, so that the forward as it was written is as short."""
+        if self._function is None and self._layers:
+            if open_layers(self._graph, owner, self._layers):
+                self._function = compile_graph(self._graph, owner)
+            self._layers = frozenset()
+        return self._function
+
+
+def open_layers(graph: fx.Graph, root: nn.Module, layers: Container[str]) -> int:
+    """Write the calls of `layers` that are known here as operations, in place; returns how many."""
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "call_module" or node.target not in layers or len(node.args) != 1 or node.kwargs:
+            continue
+        path = str(node.target)
+        layer = root.get_submodule(path)
+        lower = _LAYERS.get(type(layer))
+        if lower is not None:
+            with graph.inserting_before(node):
+                new = lower(graph, path, layer, node.args[0])
+            new.meta = node.meta
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+            count += 1
+    return count
+
+
+def _linear(graph: fx.Graph, path: str, layer: nn.Module, x: Any) -> fx.Node:
+    weight, bias = (graph.create_node("get_attr", f"{path}.{name}") for name in ("weight", "bias"))
+    return graph.call_function(F.linear, (x, weight, bias))
+
+
+def _relu(graph: fx.Graph, path: str, layer: nn.Module, x: Any) -> fx.Node:
+    return graph.call_function(torch.relu_ if layer.inplace else torch.relu, (x,))
+
+
+def _batch_norm(graph: fx.Graph, path: str, layer: nn.Module, x: Any) -> fx.Node:
+    return graph.call_function(batch_norm, (graph.create_node("get_attr", path), x))
+
+
+_LAYERS: dict[type, Callable[[fx.Graph, str, Any, Any], fx.Node]] = {
+    nn.Linear: _linear, nn.ReLU: _relu, nn.BatchNorm1d: _batch_norm,
+}  # fmt: skip
+
+
+def batch_norm(bn: nn.BatchNorm1d, x: Tensor) -> Tensor:
+    """What ``bn.forward(x)`` comes to. Whatever is not the usual case is left to it."""
+    settings, parameters, buffers = bn.__dict__, bn._parameters, bn._buffers
+    momentum = settings["momentum"]
+    if x.dim() != 2 or x.size(0) < 2 or momentum is None or not settings["track_running_stats"]:
+        return bn.forward(x)
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:  # kept in another way
+        return bn.forward(x)
+    if mean is None or var is None:
+        return bn.forward(x)
+    if (training := settings["training"]) and batches is not None:
+        batches.add_(1)
+    enabled = torch._C._get_cudnn_enabled()
+    return torch.batch_norm(x, weight, bias, mean, var, training, momentum, settings["eps"], enabled)
