@@ -9,6 +9,7 @@ its forward comes to, in the same order and with the same arguments. Bit for bit
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
@@ -31,6 +32,7 @@ class Straight:
         self._graph = copy.deepcopy(graph)
         self._layers: frozenset[str] = frozenset()
         self._function: Callable[..., Any] | None = None
+        self._lock = threading.Lock()
 
     def may_open(self, layers: Iterable[str]) -> None:
         """Paths of torch's layers whose type, settings and lack of hooks are checked before a call."""
@@ -39,11 +41,11 @@ class Straight:
     def function(self, owner: nn.Module) -> Callable[..., Any] | None:
         """``forward(self, *inputs)``, made once. owner: a module for which the graph holds. None where no layer can be
         opened, so that the forward as it was written is as short."""
-        if self._function is None and self._layers:
-            if open_layers(self._graph, owner, self._layers):
+        with self._lock:  # replicas of a module run side by side, and share this
+            if self._layers and open_layers(self._graph, owner, self._layers):
                 self._function = compile_graph(self._graph, owner)
             self._layers = frozenset()
-        return self._function
+            return self._function
 
 
 def open_layers(graph: fx.Graph, root: nn.Module, layers: Container[str]) -> int:

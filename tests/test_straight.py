@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import fxfuse
-from fxfuse import aside
+from fxfuse import aside, straight
 from fxfuse.aside import Aside
 from fxfuse.codegen import compile_graph
 from fxfuse.plan import plan_of
@@ -199,6 +201,22 @@ def test_nothing_of_a_module_is_kept():
     gc.collect()
     assert gone() is None and plan_of(other) is not None
     assert plan_of(other).aside.find((torch.randn(5, 8),)) is not None
+
+
+def test_threads_make_one_function(monkeypatch):
+    fused = fxfuse.optimize(ScaleNorm())
+    (variants,) = plan_of(fused).variants.values()
+    opened, real = [], straight.open_layers
+
+    def slowly(*args):
+        opened.append(args)
+        time.sleep(0.05)
+        return real(*args)
+
+    monkeypatch.setattr(straight, "open_layers", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(variants[0].straight.function, [fused] * 4))
+    assert made[0] is not None and made.count(made[0]) == 4 and len(opened) == 1
 
 
 NORMS = {
