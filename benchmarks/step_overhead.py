@@ -55,7 +55,8 @@ def without_a_gpu(rounds: int = 300, count: int = 200) -> None:
         assert plan is not None and count < aside.EVERY
         (variants,) = plan.variants.values()
         for _ in range(rounds):
-            plan.aside.learn((x.shape, x.dtype, False), variants[0].aside(fused, kind.forward))
+            assert variants[0].straight is not None
+            plan.aside.learn((x.shape, x.dtype, False), variants[0].straight.function(fused), variants[0].holds)
             for name, callee in (("eager", model), ("fxfuse", fused)):
                 start = time.perf_counter()
                 for _ in range(count):

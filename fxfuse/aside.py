@@ -4,7 +4,8 @@ With gradients, a small call on a GPU is bound by the host, where autograd in C+
 says so (`Op.direct`) and computes its reference. Where all of a graph's ops have said so, asking them once more only
 costs time: the module's own forward is those very operations, and so is the graph as it was captured, with less Python
 around them (`straight.py`). Sizes decide, so what was learnt is kept by the arguments' shapes and dtypes, and is asked
-again every so often: weights may have changed since. Both are always right, so nothing here can be wrong, only slow.
+again every so often: weights may have changed since. The module's own Python is always right, and the graph is while
+what it rests on holds, so nothing here can be wrong, only slow.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 
 
 class Known:
-    """What calls of one size run, and how many more until the ops are asked again."""
+    """How many more calls of one size step aside until the ops are asked again; and by which straight forward, or None
+    for the module's own."""
 
-    __slots__ = ("left", "run")
+    __slots__ = ("holds", "left", "run")
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.left, self.run = EVERY, run
+    def __init__(self, run: Callable[..., Any] | None, holds: Callable[[Any], bool]) -> None:
+        self.left, self.run, self.holds = EVERY, run, holds
 
 
 class Aside:
@@ -55,9 +57,9 @@ class Aside:
             return values[0].shape, values[0].dtype, True
         return tuple([(v.shape, v.dtype) if type(v) is Tensor else type(v) for v in values])
 
-    def find(self, values: Sequence[Any]) -> Callable[..., Any] | None:
-        """What this call runs, ``run(self, *values)``, where it is known to go by eager's own operations. Not while a
-        graph is captured, which replays without the host."""
+    def find(self, values: Sequence[Any]) -> Known | None:
+        """What is known of this call, where it goes by eager's own operations. Not while a graph is captured, which
+        replays without the host."""
         if not self._known or not _grad_enabled() or _is_compiling():
             return None
         if len(values) == 1 and type(x := values[0]) is Tensor:  # nearly every call: `sizes` in fewer steps
@@ -66,13 +68,14 @@ class Aside:
                 return None
         else:
             known = self._known.get(self.sizes(values))
-        if known is None or not known.left or _capturing():
+        if known is None or known.left <= 0 or _capturing():
             return None
         known.left -= 1
-        return known.run
+        return known
 
-    def learn(self, sizes: Hashable, run: Callable[..., Any]) -> None:
-        """Remember that every op of a call of these sizes went by eager's own operations, which `run` makes."""
+    def learn(self, sizes: Hashable, run: Callable[..., Any] | None, holds: Callable[[Any], bool]) -> None:
+        """Remember that every op of a call of these sizes went by eager's own operations, and ``run(self, *values)`` in
+        which they stand alone, valid while ``holds(self)``."""
         if len(self._known) >= MOST:
             self._known.clear()
-        self._known[sizes] = Known(run)
+        self._known[sizes] = Known(run, holds)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxfuse.watch import type_of
 
@@ -68,21 +68,47 @@ class Assumptions:
     Attributes:
         values: (path, attribute) -> :func:`picture` of what was read.
         methods: path -> names found on the class, which an instance attribute of the name would hide.
+        absent: (path, attribute) that was asked for and is not there.
+        present: (path, attribute) of tensors that stand in the graph, and so are not None -> the table that has them.
+        aliases: (path, attribute) of a module -> the path by which the graph knows it.
         children: path -> the (name, type) of every child of a module whose children were listed.
         bypassed: path -> type of a module whose call stands in the graph by its contents: hooks would not run.
+        settings: (function of torch, arguments) -> what it said (whether gradients are on).
         outside: (holder, key, value) of globals and closure cells a traced function reads.
     """
 
     values: dict[tuple[str, str], Any] = field(default_factory=dict)
     methods: dict[str, set[str]] = field(default_factory=dict)
+    absent: set[tuple[str, str]] = field(default_factory=set)
+    present: dict[tuple[str, str], str] = field(default_factory=dict)
+    aliases: dict[tuple[str, str], str] = field(default_factory=dict)
     children: dict[str, list[tuple[str, type]]] = field(default_factory=dict)
     bypassed: dict[str, type] = field(default_factory=dict)
+    settings: dict[tuple[Callable[..., Any], tuple[Any, ...]], Any] = field(default_factory=dict)
     outside: list[tuple[Any, str, Any]] = field(default_factory=list)
 
     def forget_reads(self) -> None:
         """Rest on nothing that was read from modules so far."""
-        for read in (self.values, self.methods, self.children):
+        reads = self.values, self.methods, self.absent, self.present, self.aliases, self.children, self.settings
+        for read in reads:
             read.clear()
+
+    def reach(self, graph: fx.Graph, root: nn.Module) -> None:
+        """Rest on the modules by whose paths the graph finds its calls and tensors: the forward may have come to them
+        in another way (a list, a second name)."""
+        for node in graph.nodes:
+            if node.op not in ("call_module", "get_attr"):
+                continue
+            *steps, last = str(node.target).split(".")
+            owner: Any = root
+            for depth, step in enumerate([*steps, last] if node.op == "call_module" else steps):
+                path, owner = ".".join(steps[:depth]), owner._modules.get(step)
+                if owner is None:
+                    break
+                if path not in self.children and f"{path}.{step}".lstrip(".") not in self.bypassed:
+                    self.values.setdefault((path, step), type_of(owner))
+            if node.op == "get_attr" and owner is not None:
+                self.present[".".join(steps), last] = "_parameters" if last in owner._parameters else "_buffers"
 
     def bypass(self, path: str, module: nn.Module) -> None:
         """Take for granted that the module at ``path`` stays of its type and without hooks."""
@@ -112,10 +138,11 @@ class Assumptions:
         for holder, key, value in self.outside:
             here = constant(holder) + (f".get({key!r})" if isinstance(holder, dict) else ".cell_contents")
             lines.append(f"        if {_differs(here, value, constant)}: return False")
-        paths = {path for path, _ in self.values} | set(self.methods) | set(self.children) | set(self.bypassed)
-        for path in sorted(paths):
-            steps = "".join(f"._modules[{name!r}]" for name in path.split(".") if name)
-            lines.append(f"        m = self{steps}")
+        for (question, args), answer in self.settings.items():
+            lines.append(f"        if {constant(question)}(*{constant(args)}) != {constant(answer)}: return False")
+        pairs = (*self.values, *self.absent, *self.present, *self.aliases)
+        for path in sorted({path for path, _ in pairs} | {*self.methods, *self.children, *self.bypassed}):
+            lines.append(f"        m = self{_steps(path)}")
             tests = list(self._tests(path, constant))
             if tests:
                 lines.append(f"        if {' or '.join(tests)}: return False")
@@ -131,9 +158,16 @@ class Assumptions:
         if path in self.bypassed and path:
             yield f"type(m) is not {constant(self.bypassed[path])}"
             yield "m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks"
-            own.add("forward")
+            own |= {"forward", "_call_impl"}
         for name in sorted(own):
             yield f"{name!r} in m.__dict__"
+        yield from (f"hasattr(m, {name!r})" for owner, name in sorted(self.absent) if owner == path)
+        for (owner, name), table in self.present.items():
+            if owner == path:  # replicas of DataParallel hold their tensors as plain attributes
+                yield f"m.{table}.get({name!r}) is None and getattr(m, {name!r}, None) is None"
+        for (owner, attribute), known in self.aliases.items():
+            if owner == path:
+                yield f"m._modules[{attribute!r}] is not self{_steps(known)}"
         if path in self.children:
             yield f"[(n, type(c)) for n, c in m._modules.items()] != {constant(self.children[path])}"
         for (owner, attribute), value in self.values.items():
@@ -149,11 +183,14 @@ def _differs(here: str, value: Any, constant: Callable[[Any], str]) -> str:
     kind, content = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
     if kind is bool or kind is type(None):
         return f"{here} is not {content}"
-    if kind in (int, str):
-        return f"{here} != {constant(content)}"
     if kind in _SIMPLE:  # nearly always the very object
         return f"{here} is not {constant(content)} and picture({here}) != {constant(value)}"
     return f"picture({here}) != {constant(value)}"
+
+
+def _steps(path: str) -> str:
+    """Source that follows a path from a module."""
+    return "".join(f"._modules[{name!r}]" for name in path.split(".") if name)
 
 
 def _always(owner: Any) -> bool:

@@ -12,7 +12,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from fxfuse.watch import Watcher, is_plain_method, kept_elsewhere, tracing, type
 
 __all__ = ["Captured", "called_only", "capture"]
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 #: torch's layers whose call gives one tensor, beside those the vocabulary reads
 _GIVES_TENSOR = (
     "linear", "conv", "batchnorm", "instancenorm", "normalization", "dropout", "padding", "sparse", "flatten",
@@ -198,6 +198,16 @@ class _Tracer(fx.Tracer, Watcher):
                 container.update(before) if isinstance(container, (dict, set)) else container.extend(before)
         return changed
 
+    def absent(self, module: nn.Module, name: str) -> None:
+        """Write down an attribute that the traced Python asks for in vain."""
+        path = self.paths.get(id(module))
+        if path is not None and not name.startswith("__") and name != "parametrizations":  # torch's own question
+            self.captured.assumed.absent.add((path, name))
+
+    def asked(self, question: Callable[..., Any], args: tuple[Any, ...], answer: Any) -> None:
+        """Write down what torch said when the traced Python asked it."""
+        self.captured.assumed.settings[question, args] = answer
+
     def seen(self, module: nn.Module, name: str, value: Any) -> Any:
         """Write down an attribute the traced Python reads from a module of the tree."""
         if name.startswith("__"):
@@ -211,6 +221,9 @@ class _Tracer(fx.Tracer, Watcher):
             return value
         if isinstance(value, torch.Tensor):
             return self.create_proxy("get_attr", f"{path}.{name}" if path else name, (), {})
+        known = self.paths.get(id(value)) if name in object.__getattribute__(module, "_modules") else None
+        if known is not None and known != f"{path}.{name}".lstrip("."):
+            assumed.aliases[(path, name)] = known
         self.mind(value)
         if is_plain_method(value) and name not in object.__getattribute__(module, "__dict__"):
             assumed.methods.setdefault(path, set()).add(name)
@@ -279,6 +292,8 @@ def capture(target: nn.Module | types.FunctionType, kinds: tuple[Any, ...], sign
     captured.root, captured.is_function = tracer.root, module is None
     for path in captured.inlined:
         captured.assumed.bypass(path, captured.root.get_submodule(path))
+    if module is not None:
+        captured.assumed.reach(captured.graph, module)
     used = {type(captured.root.get_submodule(p)).forward for p in {"", *captured.inlined}} if module else functions
     captured.assumed.outside = [read for f in used for read in read_outside.get(f, ())]
     return captured

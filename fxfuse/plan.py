@@ -52,19 +52,6 @@ class Variant:
     count: int = 0
     straight: Straight | None = None
 
-    def aside(self, owner: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward by eager's own operations, ``run(self, *tensors)``."""
-        function = None if self.straight is None else self.straight.function(owner)
-        if function is None:
-            return original
-        holds, straight = self.holds, function
-
-        def run(owner: Any, *tensors: Any) -> Any:
-            forward = straight if holds(owner) and not hooked_everywhere() else original
-            return forward(owner, *tensors)
-
-        return run
-
 
 @dataclass
 class Plan:
@@ -124,7 +111,8 @@ class Plan:
             out = variant.run(owner, *[v for v, k in zip(values, kinds, strict=False) if k is TENSOR or k is NUMBER])
         if sizes is not None and Direct.calls - before == variant.count:
             plain = owner is not None and all(type(v) is torch.Tensor for v in args) and len(args) == len(kinds)
-            self.aside.learn(sizes, variant.aside(owner, original) if plain else original)
+            straight = variant.straight.function(owner) if plain and variant.straight is not None else None
+            self.aside.learn(sizes, straight, variant.holds)
         return out
 
     def _another(self, owner: Any, kinds: tuple[Any, ...], values: Sequence[Any]) -> Variant | None:
@@ -214,8 +202,10 @@ def fused_class(original: Any) -> type:
         plan = self.__dict__.get(_ATTRIBUTE)
         if plan is None:  # made by calling the class
             return original.forward(self, *args, **kwargs)
-        if not kwargs and (aside := plan.aside.find(args)) is not None:
-            return aside(self, *args)
+        if not kwargs and (known := plan.aside.find(args)) is not None:
+            if known.run is not None and known.holds(self) and not hooked_everywhere():
+                return known.run(self, *args)
+            return original.forward(self, *args)
         return plan(self, original.forward, args, kwargs)
 
     def reduce(self: Any, protocol: Any = None) -> Any:

@@ -21,6 +21,8 @@ from fxfuse.codegen import compile_graph
 
 __all__ = ["Straight", "batch_norm", "open_layers"]
 
+_has_torch_function = torch._C._has_torch_function
+
 
 class Straight:
     """The forward of a graph that is about to be rewritten; a copy of it is kept, and nothing of a module.
@@ -30,6 +32,8 @@ class Straight:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = copy.deepcopy(graph)
+        for node in self._graph.nodes:
+            node.meta = {}
         self._layers: frozenset[str] = frozenset()
         self._function: Callable[..., Any] | None = None
         self._lock = threading.Lock()
@@ -72,8 +76,8 @@ def _linear(graph: fx.Graph, path: str, layer: nn.Module, x: Any) -> fx.Node:
     return graph.call_function(F.linear, (x, weight, bias))
 
 
-def _relu(graph: fx.Graph, path: str, layer: nn.Module, x: Any) -> fx.Node:
-    return graph.call_function(torch.relu_ if layer.inplace else torch.relu, (x,))
+def _relu(graph: fx.Graph, path: str, layer: nn.ReLU, x: Any) -> fx.Node:
+    return graph.call_function(F.relu, (x,), {"inplace": layer.inplace})
 
 
 def _batch_norm(graph: fx.Graph, path: str, layer: nn.Module, x: Any) -> fx.Node:
@@ -88,17 +92,19 @@ _LAYERS: dict[type, Callable[[fx.Graph, str, Any, Any], fx.Node]] = {
 def batch_norm(bn: nn.BatchNorm1d, x: Tensor) -> Tensor:
     """What ``bn.forward(x)`` comes to. Whatever is not the usual case is left to it."""
     settings, parameters, buffers = bn.__dict__, bn._parameters, bn._buffers
-    momentum = settings["momentum"]
-    if x.dim() != 2 or x.size(0) < 2 or momentum is None or not settings["track_running_stats"]:
+    training, momentum = settings["training"], settings["momentum"]
+    if (training is not True and training is not False) or momentum is None or not settings["track_running_stats"]:
         return bn.forward(x)
     try:
         weight, bias = parameters["weight"], parameters["bias"]
         mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
     except KeyError:  # kept in another way
         return bn.forward(x)
-    if mean is None or var is None:
+    if mean is None or var is None or _has_torch_function((x, weight, bias, mean, var)):
         return bn.forward(x)
-    if (training := settings["training"]) and batches is not None:
+    if x.dim() != 2 or x.size(0) < 2 or "_check_input_dim" in settings:
+        return bn.forward(x)
+    if training and batches is not None:
         batches.add_(1)
     enabled = torch._C._get_cudnn_enabled()
     return torch.batch_norm(x, weight, bias, mean, var, training, momentum, settings["eps"], enabled)

@@ -34,6 +34,11 @@ _MARK = "_fxfuse_watches"
 _INTERNALS = {*nn.Module().__dict__, "__dict__", "__class__", "forward", "_call_impl"} - {"training", "_modules"}
 
 
+#: questions to torch that a forward may branch on
+_SETTINGS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype",
+             "get_default_dtype")  # fmt: skip
+
+
 class Watcher:
     """Who is told; the tracer is one."""
 
@@ -46,6 +51,14 @@ class Watcher:
 
     def seen(self, module: nn.Module, name: str, value: Any) -> Any:
         """An attribute was read; returns what the reader gets."""
+        raise NotImplementedError
+
+    def absent(self, module: nn.Module, name: str) -> None:
+        """An attribute was asked for that is not there."""
+        raise NotImplementedError
+
+    def asked(self, question: Callable[..., Any], args: tuple[Any, ...], answer: Any) -> None:
+        """One of torch's settings was asked for."""
         raise NotImplementedError
 
 
@@ -79,8 +92,13 @@ def _watched(kind: Any) -> type:
         return value if now is None else now.seen(self, name, value)
 
     def missing(self: Any, name: str) -> Any:
-        value = kind.__getattr__(self, name)
         now = watcher()
+        try:
+            value = kind.__getattr__(self, name)
+        except AttributeError:
+            if now is not None:
+                now.absent(self, name)
+            raise
         return value if now is None else now.seen(self, name, value)
 
     def write(self: Any, name: str, value: Any) -> None:
@@ -167,6 +185,8 @@ def _patch(stack: contextlib.ExitStack) -> None:
         (torch.autograd.graph.saved_tensors_hooks, "__enter__", "changes how tensors are saved (a checkpoint?)"),
     ):
         _replace(stack, owner, name, _refusing(getattr(owner, name), f"it {what}, which a trace does not keep"))
+    for name in _SETTINGS:
+        _replace(stack, torch, name, _telling(getattr(torch, name)))
     original = torch.autograd.Function.__dict__["apply"].__func__
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -186,6 +206,16 @@ def _refusing(original: Callable[..., Any], reason: str) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return call
+
+
+def _telling(question: Callable[..., Any]) -> Callable[..., Any]:
+    def ask(*args: Any) -> Any:
+        answer, now = question(*args), watcher()
+        if now is not None:
+            now.asked(question, args, answer)
+        return answer
+
+    return ask
 
 
 def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:

@@ -95,11 +95,21 @@ def test_sizes_are_bounded_and_of_ordinary_calls_alone(monkeypatch):
     assert found.sizes([x]) is None, "not on a GPU"
     assert found.sizes([]) is None
     for number in range(3 * aside.MOST):
-        found.learn(number, Model.forward)
+        found.learn(number, None, lambda owner: True)
         assert len(found._known) <= aside.MOST
     assert found.sizes([nn.Parameter(x)]) is None
     with torch.no_grad():
         assert found.sizes([x]) is None
+
+
+def test_threads_that_count_down_at_once_do_not_count_past_the_end(monkeypatch):
+    found, x = Aside(), torch.randn(2, 8)
+    found.learn((x.shape, x.dtype, False), None, lambda owner: True)
+    (known,) = found._known.values()
+    known.left = 1
+    monkeypatch.setattr(aside, "_capturing", lambda: setattr(known, "left", 0) or False)  # another one's turn
+    assert found.find((x,)) is known and known.left == -1
+    assert found.find((x,)) is None
 
 
 def test_copies_and_pickles_go_on(fused):

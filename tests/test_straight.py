@@ -7,11 +7,13 @@ import gc
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import pytest
 import torch
 from models import Halved, ScaleNorm
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
 import fxfuse
@@ -109,7 +111,7 @@ def test_bit_for_bit_the_forward_as_it_was_written(kind, forwards):
             assert a is b is None or torch.equal(a, b)
 
 
-def test_a_forward_without_layers_is_called_as_it_was_written():
+def test_a_forward_without_layers_is_called_as_it_is_written(monkeypatch):
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,13 +121,17 @@ def test_a_forward_without_layers_is_called_as_it_was_written():
             return torch.relu(nn.functional.linear(x, self.weight)) * 2
 
     fused = learnt(Bare())
-    assert plan_of(fused).aside.find((torch.randn(5, 8),)) is Bare.forward
+    assert plan_of(fused).aside.find((torch.randn(5, 8),)).run is None
+    original, x = Bare.forward, torch.randn(5, 8)
+    want = fused(x)
+    monkeypatch.setattr(Bare, "forward", lambda self, x: -original(self, x))
+    assert torch.equal(fused(x), -want), "as it is written now"
 
 
 def test_a_frozen_graph_is_not_straightened():
     fused = fxfuse.optimize(Halved(), freeze=True)
     fused(torch.randn(5, 8, requires_grad=True))
-    assert plan_of(fused).aside.find((torch.randn(5, 8),)) is Halved.forward
+    assert plan_of(fused).aside.find((torch.randn(5, 8),)).run is None
 
 
 def test_hooks_of_a_layer_and_of_all_layers_are_run():
@@ -183,6 +189,53 @@ def test_tensors_are_read_at_each_call():
     torch.testing.assert_close(fused(x), want)
     fused.fc.bias = None
     torch.testing.assert_close(fused(x), torch.relu(x @ other["fc.weight"].T) / 2)
+
+
+def test_an_argument_may_have_any_name():
+    class Named(Halved):
+        def forward(this, torch, self, _m):
+            return F.relu(this.fc(torch)) / 2 + self * _m
+
+    model, args = Named(), [torch.randn(5, 8), torch.randn(5, 6), torch.randn(5, 6)]
+    fused = fxfuse.optimize(model)
+    for _ in range(3):
+        assert torch.equal(fused(*args), model(*args))
+    assert fxfuse.report(fused).replacements
+
+
+@pytest.mark.parametrize("training", [0, 1])
+def test_a_mode_that_is_a_number(training):
+    fused = learnt(ScaleNorm())
+    model = copy.deepcopy(fused)
+    model.__class__ = type(fused)._fxfuse_original
+    for norm in (fused.bn, model.bn):
+        norm.training = training
+    x = torch.randn(5, 8)
+    assert torch.equal(fused(x), model(x))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+
+
+def test_subclasses_see_the_functions_that_eager_calls():
+    class Seen(torch.Tensor):
+        calls: ClassVar[list[tuple[str | None, str]]] = []
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.calls.append((getattr(function, "__module__", None), function.__name__))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    fused = learnt(Layers())
+    model = copy.deepcopy(fused)
+    model.__class__ = type(fused)._fxfuse_original
+    x, called = torch.randn(5, 8), []
+    for module in (fused, model):
+        for layer in (module.second, module.norm):
+            layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Seen))
+        Seen.calls.clear()
+        module(x)
+        called.append([call for call in Seen.calls if call[1] in ("linear", "relu", "batch_norm")])
+    assert called[0] == called[1] and {name for _, name in called[0]} == {"linear", "relu", "batch_norm"}
 
 
 def test_one_row_in_training_is_refused_as_by_eager():
@@ -249,9 +302,17 @@ def test_batch_norm_is_the_layers_forward(settings, shape, training):
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
+def refusing(x: torch.Tensor) -> None:
+    raise ValueError("no")
+
+
 def test_batch_norm_whose_buffers_are_gone_or_elsewhere():
     layer, x = nn.BatchNorm1d(4), torch.randn(5, 4)
     want = copy.deepcopy(layer)(x)
+    layer._check_input_dim = refusing
+    with pytest.raises(ValueError, match="no"):
+        batch_norm(layer, x)
+    del layer._check_input_dim
     layer.running_mean = layer.running_var = layer.num_batches_tracked = None
     assert torch.equal(batch_norm(layer, x), want)
     assert torch.equal(batch_norm(layer.eval(), x), want), "by the batch, for there is nothing else"

@@ -468,7 +468,7 @@ def linear_scale_batchnorm1d_module(
         )
         return traced
     bn._check_input_dim(x)
-    training, momentum = bn.training, bn.momentum
+    training, momentum = bool(bn.training), bn.momentum
     bn_weight, bn_bias, mean, var, batches = _tensors_of(bn)
     if not training or not bn.track_running_stats:
         batches = None
