@@ -428,7 +428,10 @@ def test_small_calls_with_gradients_step_aside():
         for _ in range(3):
             out, want = fused(x), eager(x)
             assert torch.equal(out, want) and out.requires_grad
-        assert fused._fxfuse_plan.aside.find((x,)) is not None
+            found, wanted = (torch.autograd.grad(y.sum(), m.parameters()) for y, m in ((out, fused), (want, eager)))
+            assert all(map(torch.equal, found, wanted))
+        known = fused._fxfuse_plan.aside.find((x,))
+        assert known is not None and known.run is not None
         with torch.no_grad():
             assert fused._fxfuse_plan.aside.find((x,)) is None
     assert int(fused.bn.num_batches_tracked) == int(eager.bn.num_batches_tracked)
