@@ -70,7 +70,7 @@ class Assumptions:
         methods: path -> names found on the class, which an instance attribute of the name would hide.
         absent: (path, attribute) that was asked for and is not there.
         present: (path, attribute) of tensors that stand in the graph, and so are not None -> the table that has them.
-        aliases: (path, attribute) of a module -> the path by which the graph knows it.
+        aliases: (path, source of a module behind it) -> the path by which the graph knows that module.
         children: path -> the (name, type) of every child of a module whose children were listed.
         bypassed: path -> type of a module whose call stands in the graph by its contents: hooks would not run.
         settings: (function of torch, arguments) -> what it said (whether gradients are on).
@@ -149,7 +149,7 @@ class Assumptions:
         if not lines:
             return _always
         source = ["def holds(self):", "    try:", *lines, "        return True"]
-        source += ["    except (KeyError, AttributeError, ValueError):", "        return False"]
+        source += ["    except (LookupError, AttributeError, TypeError, ValueError):", "        return False"]
         exec(compile("\n".join(source), "<fxfuse condition>", "exec"), names)
         return names["holds"]
 
@@ -165,9 +165,9 @@ class Assumptions:
         for (owner, name), table in self.present.items():
             if owner == path:  # replicas of DataParallel hold their tensors as plain attributes
                 yield f"m.{table}.get({name!r}) is None and getattr(m, {name!r}, None) is None"
-        for (owner, attribute), known in self.aliases.items():
+        for (owner, source), known in self.aliases.items():
             if owner == path:
-                yield f"m._modules[{attribute!r}] is not self{_steps(known)}"
+                yield f"m.{source} is not self{_steps(known)}"
         if path in self.children:
             yield f"[(n, type(c)) for n, c in m._modules.items()] != {constant(self.children[path])}"
         for (owner, attribute), value in self.values.items():

@@ -223,7 +223,10 @@ class _Tracer(fx.Tracer, Watcher):
             return self.create_proxy("get_attr", f"{path}.{name}" if path else name, (), {})
         known = self.paths.get(id(value)) if name in object.__getattribute__(module, "_modules") else None
         if known is not None and known != f"{path}.{name}".lstrip("."):
-            assumed.aliases[(path, name)] = known
+            assumed.aliases[(path, f"_modules[{name!r}]")] = known
+        for i, item in enumerate(value) if type(value) in (list, tuple) else ():
+            if isinstance(item, nn.Module) and id(item) in self.paths:
+                assumed.aliases[(path, f"{name}[{i}]")] = self.paths[id(item)]
         self.mind(value)
         if is_plain_method(value) and name not in object.__getattribute__(module, "__dict__"):
             assumed.methods.setdefault(path, set()).add(name)

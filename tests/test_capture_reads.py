@@ -65,6 +65,10 @@ CASES = {
     "another name": (lambda m, y: m.other(y), put("act", nn.Sigmoid)),
     "another name, the same type": (lambda m, y: m.other(y), put("act", lambda: nn.Hardtanh(-0.1, 0.1))),
     "in a list": (in_a_list, put("act", nn.Sigmoid)),
+    "in a list, the same type": (in_a_list, put("act", lambda: nn.Hardtanh(-0.1, 0.1))),
+    "a shorter list": (in_a_list, lambda m: m.steps.clear()),
+    "another list": (in_a_list, put("steps", lambda: ())),
+    "no list": (lambda m, y: in_a_list(m, y) if m.steps else y, put("steps", lambda: None)),
     "in a list, gone": (in_a_list, lambda m: delattr(m, "act")),
     "a tensor is gone": (lambda m, y: y if m.bias is None else y + m.bias, put("bias", lambda: None)),
     "a number is a parameter": (lambda m, y: y * m.k, put("k", lambda: nn.Parameter(torch.tensor(2.0)))),
@@ -78,8 +82,9 @@ CASES = {
 def test_a_change_is_seen(kind):
     ask, change = CASES[kind]
     model = Asking(ask)
-    if kind == "another name, the same type":
+    if "the same type" in kind:
         model.act = model.other = nn.Hardtanh()
+        model.steps = [model.act]
     fused = fxfuse.optimize(model)
     assert fxfuse.report(fused).replacements
     assert_same(fused(X), model(X))
