@@ -8,6 +8,7 @@ closed-over values. Where one of them has changed since, the graph does not hold
 from __future__ import annotations
 
 import enum
+import itertools
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch import fx, nn
 
 from fxfuse.watch import type_of
 
-__all__ = ["Assumptions", "outside_values", "picture"]
+__all__ = ["Assumptions", "first_tensor", "outside_values", "picture"]
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _MOST_ITEMS = 256
@@ -61,6 +62,15 @@ def picture(value: Any, depth: int = 3) -> Any:
     return _Same(value)
 
 
+_LISTS_OF_TENSORS = frozenset(("named_parameters", "named_buffers"))  # parameters() and buffers() ask these
+
+
+def first_tensor(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:
+    """Dtype and device of a module's first parameter, or buffer, as those who ask for its own take them."""
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return None if first is None else (first.dtype, first.device)
+
+
 @dataclass
 class Assumptions:
     """What one graph rests on; paths are from the module that owns it, '' being that module.
@@ -68,6 +78,7 @@ class Assumptions:
     Attributes:
         values: (path, attribute) -> :func:`picture` of what was read.
         methods: path -> names found on the class, which an instance attribute of the name would hide.
+        tensors: path -> :func:`first_tensor` of a module whose tensors were listed (``next(self.parameters()).dtype``).
         absent: (path, attribute) that was asked for and is not there.
         present: (path, attribute) of tensors that stand in the graph, and so are not None -> the table that has them.
         aliases: (path, source of a module behind it) -> the path by which the graph knows that module.
@@ -79,6 +90,7 @@ class Assumptions:
 
     values: dict[tuple[str, str], Any] = field(default_factory=dict)
     methods: dict[str, set[str]] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
     absent: set[tuple[str, str]] = field(default_factory=set)
     present: dict[tuple[str, str], str] = field(default_factory=dict)
     aliases: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -95,7 +107,10 @@ class Assumptions:
 
     def reach(self, graph: fx.Graph, root: nn.Module) -> None:
         """Rest on the modules by whose paths the graph finds its calls and tensors: the forward may have come to them
-        in another way (a list, a second name)."""
+        in another way (a list, a second name). And on what listed tensors are."""
+        for path, names in self.methods.items():
+            if not names.isdisjoint(_LISTS_OF_TENSORS):
+                self.tensors[path] = first_tensor(root.get_submodule(path))
         for node in graph.nodes:
             if node.op not in ("call_module", "get_attr"):
                 continue
@@ -127,7 +142,7 @@ class Assumptions:
 
     def check(self) -> Callable[[Any], bool]:
         """``holds(module)``: whether all of it is still so. Straight-line code, since it runs at every call."""
-        names: dict[str, Any] = {"picture": picture}
+        names: dict[str, Any] = {"picture": picture, "first_tensor": first_tensor}
         lines: list[str] = []
 
         def constant(value: Any) -> str:
@@ -161,6 +176,8 @@ class Assumptions:
             own |= {"forward", "_call_impl"}
         for name in sorted(own):
             yield f"{name!r} in m.__dict__"
+        if path in self.tensors:
+            yield f"first_tensor(m) != {constant(self.tensors[path])}"
         yield from (f"hasattr(m, {name!r})" for owner, name in sorted(self.absent) if owner == path)
         for (owner, name), table in self.present.items():
             if owner == path:  # replicas of DataParallel hold their tensors as plain attributes

@@ -110,6 +110,29 @@ class ByGradients(Halved):
         return super().forward(x) if torch.is_grad_enabled() else -super().forward(x)
 
 
+@pytest.mark.parametrize("first", [nn.Module.parameters, nn.Module.buffers])
+def test_the_dtype_that_a_forward_takes_for_its_own(first):
+    class Own(Halved):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("zero", torch.zeros(1))
+
+        def forward(self, x):
+            return super().forward(x.to(next(self.parameters() if params else self.buffers()).dtype))
+
+    params = first is nn.Module.parameters
+    model = Own()
+    fused = fxfuse.optimize(model)
+    assert_same(fused(X), model(X))
+    (variants,) = plan_of(fused).variants.values()
+    for _ in range(2):
+        fused.double(), model.double()
+        assert_same(fused(X), model(X))
+        fused.float(), model.float()
+        assert_same(fused(X), model(X))
+    assert fxfuse.report(fused).replacements and len(variants) == 2
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_settings_of_torch_that_a_forward_asks_for(enabled):
     model = ByGradients()
