@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from fxfuse.watch import type_of
 
-__all__ = ["Assumptions", "first_tensor", "outside_values", "picture"]
+__all__ = ["CALLS", "Assumptions", "first_tensor", "outside_values", "picture"]
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _MOST_ITEMS = 256
@@ -62,6 +62,8 @@ def picture(value: Any, depth: int = 3) -> Any:
     return _Same(value)
 
 
+#: names by which an instance is called in another way than its class says
+CALLS = frozenset(("forward", "_call_impl", "_compiled_call_impl"))
 _LISTS_OF_TENSORS = frozenset(("named_parameters", "named_buffers"))  # parameters() and buffers() ask these
 
 
@@ -173,7 +175,7 @@ class Assumptions:
         if path in self.bypassed and path:
             yield f"type(m) is not {constant(self.bypassed[path])}"
             yield "m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks"
-            own |= {"forward", "_call_impl"}
+            own |= CALLS
         for name in sorted(own):
             yield f"{name!r} in m.__dict__"
         if path in self.tensors:

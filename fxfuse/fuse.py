@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxfuse.assume import CALLS
 from fxfuse.capture import Captured, called_only, capture
 from fxfuse.choice import Choice, owner_of
 from fxfuse.codegen import compile_graph
@@ -108,13 +109,10 @@ def last_word(choice: Choice | None, where: str) -> Callable[[Match, Pattern], s
     return lambda match, pattern: called_as_written(match, pattern) or chosen(match, pattern)
 
 
-_CALLS = ("forward", "_call_impl")
-
-
 def called_as_written(match: Match, pattern: Pattern) -> str | None:
     """A layer whose forward was replaced on the instance may do anything."""
     for node in match.nodes:
-        if node.op == "call_module" and not match.view.module(str(node.target)).__dict__.keys().isdisjoint(_CALLS):
+        if node.op == "call_module" and not match.view.module(str(node.target)).__dict__.keys().isdisjoint(CALLS):
             return f"the forward of '{node.target}' was replaced on the instance"
     return None
 

@@ -50,6 +50,10 @@ def all_of_a_list(m, y):
     return y
 
 
+def cut(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x[:, :6] * layer.weight.sum()
+
+
 def put(name: str, value: Callable[[], object]) -> Callable[[nn.Module], None]:
     return lambda m: setattr(m, name, value())
 
@@ -74,7 +78,8 @@ CASES = {
     "a number is a parameter": (lambda m, y: y * m.k, put("k", lambda: nn.Parameter(torch.tensor(2.0)))),
     "a number is a tensor": (lambda m, y: y * m.k, put("k", lambda: torch.full((6,), 2.0))),
     "one more parameter": (all_of_a_list, lambda m: m.more.append(nn.Parameter(torch.ones(6)))),
-    "a layer's call": (lambda m, y: y, lambda m: setattr(m.fc, "_call_impl", lambda x: x[:, :6] * m.fc.weight.sum())),
+    "a layer's call": (lambda m, y: y, lambda m: setattr(m.fc, "_call_impl", cut(m.fc))),
+    "a layer, compiled": (lambda m, y: y, lambda m: setattr(m.fc, "_compiled_call_impl", cut(m.fc))),
 }  # fmt: skip
 
 
