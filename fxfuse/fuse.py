@@ -296,6 +296,7 @@ class Compiler:
     def _below(self, module: nn.Module, path: str, found: Found, owners: set[str]) -> bool:
         """Fuse in the submodules that hold the matches; False, and nothing done, where one alone cannot be read."""
         outermost = [o for o in sorted(owners) if not any(o != p and o.startswith(p + ".") for p in owners)]
+        owned = [(owner_of(m) + ".", m.pattern) for m in found.matches]
         prepared: list[tuple[nn.Module, str, Captured, Found]] = []
         for owner in outermost:
             child = module.get_submodule(owner)
@@ -306,7 +307,7 @@ class Compiler:
                 logger.debug("%s alone cannot be traced (%s); fusing in the module around it", place, reason)
                 return False
             inside = find(View(captured.graph, captured.root), self.patterns, last_word(self.choice, place))
-            wanted = {m.pattern for m in found.matches if (owner_of(m) + ".").startswith(owner + ".")}
+            wanted = {pattern for inner, pattern in owned if inner.startswith(owner + ".")}
             if not wanted <= {m.pattern for m in inside.matches}:
                 return False
             prepared.append((child, place, captured, inside))
