@@ -15,6 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as _hooks
+
+from fxfuse.assume import Source, compile_check
+
+__all__ = ["Aside", "Known", "checked"]
 
 EVERY = 256  # calls until the ops are asked again
 MOST = 64  # sizes remembered for a forward
@@ -24,28 +29,68 @@ _is_compiling = torch.compiler.is_compiling
 _has_torch_function = torch._C._has_torch_function
 _has_torch_function_unary = torch._C._has_torch_function_unary
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-
-
 _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 
 
 class Known:
     """How many more calls of one size step aside until the ops are asked again; and by which straight forward, or None
-    for the module's own."""
+    for the module's own.
 
-    __slots__ = ("holds", "left", "run")
+    call: ``call(self, known, x)`` (:func:`checked`), for a forward of one tensor, of this shape and dtype, on a GPU.
+    """
 
-    def __init__(self, run: Callable[..., Any] | None, holds: Callable[[Any], bool]) -> None:
-        self.left, self.run, self.holds = EVERY, run, holds
+    __slots__ = ("call", "cuda", "dtype", "holds", "left", "run", "shape")
+    shape: torch.Size
+    dtype: torch.dtype
+    cuda: bool
+
+    def __init__(
+        self,
+        run: Callable[..., Any] | None,
+        holds: Callable[[Any], bool],
+        call: Callable[..., Any] | None,
+    ) -> None:
+        self.left, self.run, self.holds, self.call = EVERY, run, holds, call
+
+
+def checked(run: Callable[..., Any], source: Source) -> Callable[..., Any]:
+    """``call(self, known, x)``: what ``run(self, x)`` gives, or NotImplemented where `known` is used up, somebody
+    watches (a mode, a hook, a graph that is captured), or the module is not as `source` says (`Assumptions.source`).
+
+    One function for all of it: between a forward and its backward Python is cold, and a call of a function costs twice
+    what it does in a loop.
+    """
+    lines, names = source
+    watched = "dispatch_modes() or has_torch_function(x) or capturing()"
+    hooks = "forward_hooks or forward_pre_hooks or backward_hooks or backward_pre_hooks"
+    return compile_check(
+        "self, known, x",
+        lines,
+        ["known.left -= 1", "return run(self, x)"],
+        {
+            **names,
+            "run": run,
+            "dispatch_modes": _dispatch_modes,
+            "has_torch_function": _has_torch_function_unary,
+            "capturing": _capturing,
+            "forward_hooks": _hooks._global_forward_hooks,
+            "forward_pre_hooks": _hooks._global_forward_pre_hooks,
+            "backward_hooks": _hooks._global_backward_hooks,
+            "backward_pre_hooks": _hooks._global_backward_pre_hooks,
+        },
+        otherwise=NotImplemented,
+        first=[f"if known.left <= 0 or {watched} or {hooks}: return OTHERWISE"],
+    )
 
 
 class Aside:
     """For which sizes of its arguments one forward steps aside."""
 
-    __slots__ = ("_known",)
+    __slots__ = ("_known", "latest")
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Known] = {}
+        self.latest: Known | None = None  # of those with a `call`
 
     def sizes(self, values: Sequence[Any]) -> Hashable | None:
         """By what this call is remembered; None for one that is not: without gradients, off the GPU, or watched."""
@@ -71,11 +116,22 @@ class Aside:
         if known is None or known.left <= 0 or _capturing():
             return None
         known.left -= 1
+        if known.call is not None:
+            self.latest = known
         return known
 
-    def learn(self, sizes: Hashable, run: Callable[..., Any] | None, holds: Callable[[Any], bool]) -> None:
+    def learn(
+        self,
+        sizes: Hashable,
+        run: Callable[..., Any] | None,
+        holds: Callable[[Any], bool],
+        call: Callable[..., Any] | None = None,
+    ) -> None:
         """Remember that every op of a call of these sizes went by eager's own operations, and ``run(self, *values)`` in
-        which they stand alone, valid while ``holds(self)``."""
+        which they stand alone, valid while ``holds(self)``; for one tensor also the `call` that is `checked`."""
         if len(self._known) >= MOST:
             self._known.clear()
-        self._known[sizes] = Known(run, holds)
+        self._known[sizes] = known = Known(run, holds, call)
+        if call is not None:
+            known.shape, known.dtype, known.cuda = sizes  # type: ignore[misc]
+            self.latest = known

@@ -11,19 +11,22 @@ import enum
 import itertools
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
 
 from fxfuse.watch import type_of
 
-__all__ = ["CALLS", "Assumptions", "first_tensor", "outside_values", "picture"]
+__all__ = ["CALLS", "Assumptions", "Source", "compile_check", "first_tensor", "outside_values", "picture"]
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _MOST_ITEMS = 256
+
+#: lines of a check, and what they name
+Source: TypeAlias = tuple[list[str], dict[str, Any]]
 
 
 class _Same:
@@ -79,6 +82,8 @@ class Assumptions:
 
     Attributes:
         values: (path, attribute) -> :func:`picture` of what was read.
+        own: those of them that lie in the module's ``__dict__``, where they are read in a third of the time: a class
+            with ``__getattr__`` asks for everything twice.
         methods: path -> names found on the class, which an instance attribute of the name would hide.
         tensors: path -> :func:`first_tensor` of a module whose tensors were listed (``next(self.parameters()).dtype``).
         absent: (path, attribute) that was asked for and is not there.
@@ -91,6 +96,7 @@ class Assumptions:
     """
 
     values: dict[tuple[str, str], Any] = field(default_factory=dict)
+    own: set[tuple[str, str]] = field(default_factory=set)
     methods: dict[str, set[str]] = field(default_factory=dict)
     tensors: dict[str, Any] = field(default_factory=dict)
     absent: set[tuple[str, str]] = field(default_factory=set)
@@ -138,12 +144,18 @@ class Assumptions:
         for name, value in module.__dict__.items():
             if type(value) in _SIMPLE and not name.startswith("_") and name not in ("training", "call_super_init"):
                 self.values[(path, name)] = picture(value)
+                self.own.add((path, name))
         for name, parameter in module._parameters.items():
             if parameter is None:
                 self.values[(path, name)] = picture(None)
 
     def check(self) -> Callable[[Any], bool]:
-        """``holds(module)``: whether all of it is still so. Straight-line code, since it runs at every call."""
+        """``holds(module)``: whether all of it is still so."""
+        lines, names = self.source()
+        return compile_check("self", lines, ["return True"], names, otherwise=False) if lines else _always
+
+    def source(self) -> Source:
+        """Lines about ``self`` that ``return OTHERWISE`` or raise where anything has changed, and what they name."""
         names: dict[str, Any] = {"picture": picture, "first_tensor": first_tensor}
         lines: list[str] = []
 
@@ -154,30 +166,29 @@ class Assumptions:
 
         for holder, key, value in self.outside:
             here = constant(holder) + (f".get({key!r})" if isinstance(holder, dict) else ".cell_contents")
-            lines.append(f"        if {_differs(here, value, constant)}: return False")
+            lines.append(_unless(_differs(here, value, constant)))
         for (question, args), answer in self.settings.items():
-            lines.append(f"        if {constant(question)}(*{constant(args)}) != {constant(answer)}: return False")
+            lines.append(_unless(f"{constant(question)}(*{constant(args)}) != {constant(answer)}"))
         pairs = (*self.values, *self.absent, *self.present, *self.aliases)
+        with_own = {*self.methods, *self.bypassed, *(path for path, _ in self.own)}
         for path in sorted({path for path, _ in pairs} | {*self.methods, *self.children, *self.bypassed}):
-            lines.append(f"        m = self{_steps(path)}")
+            lines.append(f"m = self{_steps(path)}")
+            if path in with_own:
+                lines.append("own = m.__dict__")
             tests = list(self._tests(path, constant))
             if tests:
-                lines.append(f"        if {' or '.join(tests)}: return False")
-        if not lines:
-            return _always
-        source = ["def holds(self):", "    try:", *lines, "        return True"]
-        source += ["    except (LookupError, AttributeError, TypeError, ValueError):", "        return False"]
-        exec(compile("\n".join(source), "<fxfuse condition>", "exec"), names)
-        return names["holds"]
+                lines.append(_unless(" or ".join(tests)))
+        return lines, names
 
     def _tests(self, path: str, constant: Callable[[Any], str]) -> Iterator[str]:
-        own = set(self.methods.get(path, ()))
+        hiding = set(self.methods.get(path, ()))
         if path in self.bypassed and path:
             yield f"type(m) is not {constant(self.bypassed[path])}"
-            yield "m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks"
-            own |= CALLS
-        for name in sorted(own):
-            yield f"{name!r} in m.__dict__"
+            hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+            yield " or ".join(f"own[{name!r}]" for name in hooks)
+            hiding |= CALLS
+        for name in sorted(hiding):
+            yield f"{name!r} in own"
         if path in self.tensors:
             yield f"first_tensor(m) != {constant(self.tensors[path])}"
         yield from (f"hasattr(m, {name!r})" for owner, name in sorted(self.absent) if owner == path)
@@ -192,7 +203,32 @@ class Assumptions:
         for (owner, attribute), value in self.values.items():
             if owner == path:
                 child = isinstance(value, type) and issubclass(value, nn.Module)
-                yield _differs(f"m._modules[{attribute!r}]" if child else f"m.{attribute}", value, constant)
+                here = f"own[{attribute!r}]" if (owner, attribute) in self.own else f"m.{attribute}"
+                yield _differs(f"m._modules[{attribute!r}]" if child else here, value, constant)
+
+
+def compile_check(
+    arguments: str,
+    lines: Iterable[str],
+    then: Iterable[str],
+    names: dict[str, Any],
+    *,
+    otherwise: Any,
+    first: Iterable[str] = (),
+) -> Callable[..., Any]:
+    """A function of the lines `first`, a source's and `then`. Straight-line code, since it runs at every call."""
+    source = [f"def check({arguments}):", *(f"    {line}" for line in first)]
+    source += ["    try:", "        pass", *(f"        {line}" for line in lines)]
+    source += ["    except (LookupError, AttributeError, TypeError, ValueError):", "        return OTHERWISE"]
+    source += [f"    {line}" for line in then]
+    names = {**names, "OTHERWISE": otherwise}
+    exec(compile("\n".join(source), "<fxfuse condition>", "exec"), names)
+    check: Callable[..., Any] = names["check"]
+    return check
+
+
+def _unless(test: str) -> str:
+    return f"if {test}: return OTHERWISE"
 
 
 def _differs(here: str, value: Any, constant: Callable[[Any], str]) -> str:

@@ -182,7 +182,7 @@ def variant_of(
     if captured.is_function:  # the tensors it closes over live in the root made for it
         run = functools.partial(_run_function, run, captured.root)
     if straight is not None:
-        straight.may_open(layers)
+        straight.may_open(layers, captured.assumed.source())
     return Variant(run, captured.assumed.check(), len(done), straight)
 
 

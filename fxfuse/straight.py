@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fxfuse.aside import checked
+from fxfuse.assume import Source
 from fxfuse.codegen import compile_graph
 
 __all__ = ["Straight", "batch_norm", "open_layers"]
@@ -27,28 +29,33 @@ _has_torch_function = torch._C._has_torch_function
 class Straight:
     """The forward of a graph that is about to be rewritten; a copy of it is kept, and nothing of a module.
 
-    graph: as it was captured.
+    graph: as it was captured. call: the ``function`` of one tensor behind its check (`aside.checked`).
     """
 
+    call: Callable[..., Any] | None = None
+
     def __init__(self, graph: fx.Graph) -> None:
-        self._graph = copy.deepcopy(graph)
+        self._graph: fx.Graph | None = copy.deepcopy(graph)
         for node in self._graph.nodes:
             node.meta = {}
         self._layers: frozenset[str] = frozenset()
+        self._source: Source = ([], {})
         self._function: Callable[..., Any] | None = None
         self._lock = threading.Lock()
 
-    def may_open(self, layers: Iterable[str]) -> None:
-        """Paths of torch's layers whose type, settings and lack of hooks are checked before a call."""
-        self._layers = frozenset(layers)
+    def may_open(self, layers: Iterable[str], source: Source) -> None:
+        """layers: paths of those of torch's whose type, settings and lack of hooks `source` checks."""
+        self._layers, self._source = frozenset(layers), source
 
     def function(self, owner: nn.Module) -> Callable[..., Any] | None:
         """``forward(self, *inputs)``, made once. owner: a module for which the graph holds. None where no layer can be
         opened, so that the forward as it was written is as short."""
         with self._lock:  # replicas of a module run side by side, and share this
-            if self._layers and open_layers(self._graph, owner, self._layers):
-                self._function = compile_graph(self._graph, owner)
-            self._layers = frozenset()
+            graph, self._graph = self._graph, None
+            if graph is not None and open_layers(graph, owner, self._layers):
+                self._function = compile_graph(graph, owner)
+                if sum(node.op == "placeholder" for node in graph.nodes) == 1:
+                    self.call = checked(self._function, self._source)
             return self._function
 
 

@@ -8,6 +8,9 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxfuse
 from fxfuse import aside
@@ -27,7 +30,9 @@ class Model(nn.Module):
 
 
 def sizes_without_a_gpu(self, values):
-    return (values[0].shape, values[0].dtype, False) if torch.is_grad_enabled() and type(values[0]) is Tensor else None
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or type(values[0]) is not Tensor:
+        return None
+    return values[0].shape, values[0].dtype, False
 
 
 @pytest.fixture
@@ -64,6 +69,61 @@ def test_a_call_whose_ops_are_all_direct_steps_aside(fused, asked):
     assert len(asked) == 3, "and so is a call without gradients"
 
 
+def test_a_size_like_the_last_is_not_looked_up(fused, monkeypatch):
+    looked_up, real = [], Aside.find
+
+    def find(self, values):
+        looked_up.append(values)
+        return real(self, values)
+
+    monkeypatch.setattr(Aside, "find", find)
+    small, large = torch.randn(2, 8), torch.randn(3, 8)
+    for x in (small, large):
+        fused(x)  # learns
+    looked_up.clear()
+    want = {x: Model.forward(fused, x) for x in (small, large)}
+    for x, count in ((large, 0), (small, 1), (small, 1), (large, 2), (large, 2)):
+        assert torch.equal(fused(x), want[x]) and len(looked_up) == count
+    with torch.no_grad():
+        fused(large)
+    assert len(looked_up) == 2, "nothing steps aside there"
+
+
+@pytest.mark.parametrize("what", ["dtype", "mode", "tracing", "no gradients", "keyword"])
+def test_another_kind_of_call_of_the_same_size_does_not_step_aside(fused, what):
+    x = torch.randn(2, 8)
+    fused(x), fused(x)
+    known = plan_of(fused).aside.latest
+    left = known.left
+    assert left == aside.EVERY - 1
+    if what == "dtype":
+        fused.double()(x.double())
+    elif what == "mode":
+        with FlopCounterMode(display=False):
+            fused(x)
+    elif what == "tracing":
+        make_fx(fused)(x)
+    elif what == "keyword":
+        fused(x=x)
+    else:
+        with torch.no_grad():
+            fused(x)
+    assert known.left == left
+    fused.float()(x)
+    assert known.left == left - 1
+
+
+def test_dynamo_does_not_see_what_was_learnt(fused):
+    counter = CompileCounter()
+    compiled = torch.compile(fused, backend=counter, fullgraph=True)
+    x = torch.randn(2, 8)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), fused(x))
+    plan_of(fused).aside.latest = None
+    compiled(x)
+    assert counter.frame_count == 1
+
+
 def test_what_was_learnt_is_asked_again(fused, asked, monkeypatch):
     monkeypatch.setattr(aside, "EVERY", 3)
     x = torch.randn(2, 8)
@@ -80,11 +140,14 @@ def test_ops_that_are_not_direct_are_asked_every_time(fused, monkeypatch):
     assert len(calls) == 4
 
 
-def test_a_graph_that_is_captured_gets_the_fused_op(fused, asked, monkeypatch):
-    x = torch.randn(2, 8)
+def test_a_graph_that_is_captured_gets_the_fused_op(monkeypatch, asked):
+    captured = []
+    monkeypatch.setattr(Aside, "sizes", sizes_without_a_gpu)
+    monkeypatch.setattr(aside, "_capturing", lambda: bool(captured))
+    fused, x = fxfuse.optimize(Model()), torch.randn(2, 8)
     fused(x), fused(x)
     assert len(asked) == 1
-    monkeypatch.setattr(aside, "_capturing", lambda: True)
+    captured.append(True)
     fused(x)
     assert len(asked) == 2
 
