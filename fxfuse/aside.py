@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as _hooks
 
 from fxfuse.assume import Source, compile_check
 
@@ -55,14 +54,12 @@ class Known:
 
 def checked(run: Callable[..., Any], source: Source) -> Callable[..., Any]:
     """``call(self, known, x)``: what ``run(self, x)`` gives, or NotImplemented where `known` is used up, somebody
-    watches (a mode, a hook, a graph that is captured), or the module is not as `source` says (`Assumptions.source`).
+    watches (a mode, a graph that is captured), or the module is not as `source` says (`Assumptions.source`).
 
     One function for all of it: between a forward and its backward Python is cold, and a call of a function costs twice
     what it does in a loop.
     """
     lines, names = source
-    watched = "dispatch_modes() or has_torch_function(x) or capturing()"
-    hooks = "forward_hooks or forward_pre_hooks or backward_hooks or backward_pre_hooks"
     return compile_check(
         "self, known, x",
         lines,
@@ -73,13 +70,9 @@ def checked(run: Callable[..., Any], source: Source) -> Callable[..., Any]:
             "dispatch_modes": _dispatch_modes,
             "has_torch_function": _has_torch_function_unary,
             "capturing": _capturing,
-            "forward_hooks": _hooks._global_forward_hooks,
-            "forward_pre_hooks": _hooks._global_forward_pre_hooks,
-            "backward_hooks": _hooks._global_backward_hooks,
-            "backward_pre_hooks": _hooks._global_backward_pre_hooks,
         },
         otherwise=NotImplemented,
-        first=[f"if known.left <= 0 or {watched} or {hooks}: return OTHERWISE"],
+        first=["if known.left <= 0 or dispatch_modes() or has_torch_function(x) or capturing(): return OTHERWISE"],
     )
 
 
@@ -105,7 +98,7 @@ class Aside:
     def find(self, values: Sequence[Any]) -> Known | None:
         """What is known of this call, where it goes by eager's own operations. Not while a graph is captured, which
         replays without the host."""
-        if not self._known or not _grad_enabled() or _is_compiling():
+        if _is_compiling() or not self._known or not _grad_enabled():
             return None
         if len(values) == 1 and type(x := values[0]) is Tensor:  # nearly every call: `sizes` in fewer steps
             known = self._known.get((x.shape, x.dtype, x.is_cuda))

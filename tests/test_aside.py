@@ -84,9 +84,6 @@ def test_a_size_like_the_last_is_not_looked_up(fused, monkeypatch):
     want = {x: Model.forward(fused, x) for x in (small, large)}
     for x, count in ((large, 0), (small, 1), (small, 1), (large, 2), (large, 2)):
         assert torch.equal(fused(x), want[x]) and len(looked_up) == count
-    with torch.no_grad():
-        fused(large)
-    assert len(looked_up) == 2, "nothing steps aside there"
 
 
 @pytest.mark.parametrize("what", ["dtype", "mode", "tracing", "no gradients", "keyword"])
