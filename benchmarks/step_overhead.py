@@ -123,7 +123,7 @@ def without_a_gpu(rounds: int) -> None:
         run = straight.function(models["fxfuse"])
 
         def learn() -> None:
-            plan.aside.learn((x.shape, x.dtype, False), run, variant.holds, straight.call)  # noqa: B023
+            plan.aside.learn((x.shape, x.dtype, -1), run, variant.holds, straight.call)  # noqa: B023
 
         dy = torch.randn_like(model(x))
         steps = {name: step_of(one, [x, *one.parameters()], dy) for name, one in models.items()}

@@ -29,19 +29,20 @@ _has_torch_function = torch._C._has_torch_function
 _has_torch_function_unary = torch._C._has_torch_function_unary
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 
 class Known:
     """How many more calls of one size step aside until the ops are asked again; and by which straight forward, or None
     for the module's own.
 
-    call: ``call(self, known, x)`` (:func:`checked`), for a forward of one tensor, of this shape and dtype, on a GPU.
+    call: ``call(self, known, x)`` (:func:`checked`), for a forward of one tensor, of this shape and dtype, on this GPU.
     """
 
-    __slots__ = ("call", "cuda", "dtype", "holds", "left", "run", "shape")
+    __slots__ = ("call", "device", "dtype", "holds", "left", "run", "shape")
     shape: torch.Size
     dtype: torch.dtype
-    cuda: bool
+    device: int
 
     def __init__(
         self,
@@ -69,10 +70,14 @@ def checked(run: Callable[..., Any], source: Source) -> Callable[..., Any]:
             "run": run,
             "dispatch_modes": _dispatch_modes,
             "has_torch_function": _has_torch_function_unary,
+            "stream": _stream,
             "capturing": _capturing,
         },
         otherwise=NotImplemented,
-        first=["if known.left <= 0 or dispatch_modes() or has_torch_function(x) or capturing(): return OTHERWISE"],
+        first=[
+            "if known.left <= 0 or dispatch_modes() or has_torch_function(x): return OTHERWISE",
+            "if stream(known.device) and capturing(): return OTHERWISE",  # the default stream cannot be captured
+        ],
     )
 
 
@@ -92,7 +97,7 @@ class Aside:
         if not values[0].is_cuda or _dispatch_modes() or _has_torch_function(values):
             return None
         if len(values) == 1:
-            return values[0].shape, values[0].dtype, True
+            return values[0].shape, values[0].dtype, values[0].get_device()
         return tuple([(v.shape, v.dtype) if type(v) is Tensor else type(v) for v in values])
 
     def find(self, values: Sequence[Any]) -> Known | None:
@@ -101,7 +106,7 @@ class Aside:
         if _is_compiling() or not self._known or not _grad_enabled():
             return None
         if len(values) == 1 and type(x := values[0]) is Tensor:  # nearly every call: `sizes` in fewer steps
-            known = self._known.get((x.shape, x.dtype, x.is_cuda))
+            known = self._known.get((x.shape, x.dtype, x.get_device()))
             if known is None or _dispatch_modes() or _has_torch_function_unary(x):
                 return None
         else:
@@ -126,5 +131,5 @@ class Aside:
             self._known.clear()
         self._known[sizes] = known = Known(run, holds, call)
         if call is not None:
-            known.shape, known.dtype, known.cuda = sizes  # type: ignore[misc]
+            known.shape, known.dtype, known.device = sizes  # type: ignore[misc]
             self.latest = known

@@ -32,7 +32,7 @@ class Model(nn.Module):
 def sizes_without_a_gpu(self, values):
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or type(values[0]) is not Tensor:
         return None
-    return values[0].shape, values[0].dtype, False
+    return values[0].shape, values[0].dtype, -1
 
 
 @pytest.fixture
@@ -140,6 +140,7 @@ def test_ops_that_are_not_direct_are_asked_every_time(fused, monkeypatch):
 def test_a_graph_that_is_captured_gets_the_fused_op(monkeypatch, asked):
     captured = []
     monkeypatch.setattr(Aside, "sizes", sizes_without_a_gpu)
+    monkeypatch.setattr(aside, "_stream", lambda device: 7)
     monkeypatch.setattr(aside, "_capturing", lambda: bool(captured))
     fused, x = fxfuse.optimize(Model()), torch.randn(2, 8)
     fused(x), fused(x)
@@ -164,7 +165,7 @@ def test_sizes_are_bounded_and_of_ordinary_calls_alone(monkeypatch):
 
 def test_threads_that_count_down_at_once_do_not_count_past_the_end(monkeypatch):
     found, x = Aside(), torch.randn(2, 8)
-    found.learn((x.shape, x.dtype, False), None, lambda owner: True)
+    found.learn((x.shape, x.dtype, -1), None, lambda owner: True)
     (known,) = found._known.values()
     known.left = 1
     monkeypatch.setattr(aside, "_capturing", lambda: setattr(known, "left", 0) or False)  # another one's turn

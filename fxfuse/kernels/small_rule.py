@@ -25,10 +25,11 @@ def pays(
     taken, library = _small_us(m, n, k, size, exact, op == "training", processors), library_us(m, n, k, size, exact, op)
     if taken > narrow + (_COOPERATIVE_US if op == "training" and not captured else 0.0):
         return False
-    return taken <= library or (not captured and taken <= min(_HOST_US, 1.25 * (library + _PASSES_US[op])))
+    return taken <= library or (not captured and taken <= min(_HOST_US[op], 1.25 * (library + _PASSES_US[op])))
 
 
-_HOST_US = 18.0  # what a call of several launches costs the host, at the least
+#: What a call of several launches costs the host, at the least; the Hopper GEMM's training is one.
+_HOST_US = {"activation": 18.0, "evaluation": 24.0, "training": 18.0}
 _PASSES_US = {"activation": 1.8, "evaluation": 4.0, "training": 5.0}  # of eager's kernels, beyond the pass behind it
 _COOPERATIVE_US = 5.0  # what the Hopper GEMM's training costs the host beyond a call of ``small_gemm``
 
