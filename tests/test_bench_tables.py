@@ -52,6 +52,14 @@ def test_a_table_is_written_between_its_markers_and_only_there() -> None:
     assert tables.fill(filled, {"here": DOCUMENT}) == filled
 
 
+def test_of_many_runs_the_first_is_named_and_the_others_counted() -> None:
+    command = "fxfuse bench --sweep && fxfuse bench --append && fxfuse bench --append --vs eager"
+    several = DOCUMENT | {"command": command}
+    filled = tables.fill(MARKED, {"here": several})
+    assert "`fxfuse bench --sweep` (benchmarks/here.json, which names 2 more runs)" in filled
+    assert "which names" not in tables.fill(MARKED, {"here": DOCUMENT})
+
+
 def test_views_and_filters() -> None:
     for view in tables.VIEWS:
         assert "| " in tables.fill(MARKED.replace("here -->", f"here view={view} -->", 1), {"here": DOCUMENT})

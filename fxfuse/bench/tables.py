@@ -219,7 +219,9 @@ def _left_and_right(headings: Sequence[str], lines: Sequence[Sequence[str]], lef
 def _provenance(table: str, document: Document, name: str) -> str:
     made, versions = document["machine"], document["versions"]
     where = made.get("gpu") or f"{made['cpu']}, {made['torch_threads']} threads"
-    source = f"{where}, torch {versions['torch']}, {document['date']}; `{document['command']}` (benchmarks/{name}.json)"
+    first, *more = document["command"].split(" && ")
+    file = f"benchmarks/{name}.json" + (f", which names {len(more)} more run{'s' * (len(more) > 1)}" if more else "")
+    source = f"{where}, torch {versions['torch']}, {document['date']}; `{first}` ({file})"
     return f"\n{table}\n\n{source}\n\n"
 
 

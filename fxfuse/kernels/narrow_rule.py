@@ -25,9 +25,10 @@ def us(m: int, n: int, k: int, size: int, exact: bool, op: str, processors: int)
     room, narrow, wide = processors - processors % rows, rows * -(-n // 64), rows * -(-n // 128)
     if wide > room:
         return math.inf
+    behind = _BEHIND_US[op] if exact or op == "training" else 0.0
     if exact:
         start, stage = (2.9 + 0.006 * narrow, 0.66) if narrow <= room else (4.3, 1.37)
-        return start + _BEHIND_US[op] + steps * stage
+        return start + behind + steps * stage
     many = max(0, narrow - 64)
     amid = 0.0 if k * size % 128 == 0 else 0.05 if k * size % 32 == 0 else 0.15  # rows that start amid a cache line
     if narrow <= room:
@@ -39,10 +40,10 @@ def us(m: int, n: int, k: int, size: int, exact: bool, op: str, processors: int)
         stage += 4e-5 * max(0, (rows * 128 - m) * -(-n // 64) - 1000)  # rows beyond x take longer than its own
     else:
         start, stage = 2.8, (0.5 if m % 128 else 0.35) + amid
-    return start + (_BEHIND_US[op] if op == "training" else 0.0) + steps * stage
+    return start + behind + steps * stage
 
 
-#: What stands behind the product; evaluation's and the activation's are in 16 bits and TF32's start.
+#: What stands behind the product; but for training, 16 bits' and TF32's starts have it already.
 _BEHIND_US = {"activation": 0.0, "evaluation": 0.6, "training": 2.8}
 
 
