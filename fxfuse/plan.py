@@ -45,7 +45,16 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _forward_hooks, _forward_pre_hooks = _hooks._global_forward_hooks, _hooks._global_forward_pre_hooks
 _backward_hooks, _backward_pre_hooks = _hooks._global_backward_hooks, _hooks._global_backward_pre_hooks
 _tracing = torch._C._get_tracing_state
-_module_call, _module_call_impl = nn.Module.__call__, nn.Module._call_impl
+
+
+def _torchs(name: str) -> Any:
+    """A method of nn.Module; None where somebody has put another in its place."""
+    method = nn.Module.__dict__[name]
+    written = getattr(method, "__code__", None)
+    return method if written and written.co_filename == nn.Module.register_buffer.__code__.co_filename else None
+
+
+_module_call, _module_call_impl = _torchs("__call__"), _torchs("_call_impl")
 
 
 @dataclass
@@ -255,7 +264,7 @@ def fused_class(original: Any) -> type:
     body = {"forward": forward, "__reduce_ex__": reduce, "__setstate__": _set_state, "_fxfuse_original": original}
     if original.__call__ is _module_call and original._call_impl is _module_call_impl:
         body["__call__"] = call
-    fused = derived(original, body)  # which `call` knows by this name
+    fused = derived(original, body)  # by this name `call` knows it
     return fused
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -102,6 +104,25 @@ def test_a_call_of_all_modules_that_was_replaced(fused, x, monkeypatch, name):
     monkeypatch.setattr(nn.Module, name, call)
     fused(x)
     assert seen[0] is fused
+
+
+@pytest.mark.parametrize("name", ["__call__", "_call_impl"])
+def test_a_call_of_all_modules_that_was_replaced_before_fxfuse_came(name):
+    program = f"""
+import torch
+from torch import nn
+seen, real = [], nn.Module.{name}
+def call(self, *args, **kwargs):
+    seen.append(self)
+    return real(self, *args, **kwargs)
+nn.Module.{name} = call
+import fxfuse
+made = fxfuse.optimize(nn.Sequential(nn.Linear(8, 6), nn.ReLU()))
+made(torch.randn(5, 8)), seen.clear(), made(torch.randn(5, 8))
+print(seen[0] is made)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True"], run.stderr
 
 
 @pytest.mark.parametrize("name", ["forward", "_call_impl", "_compiled_call_impl"])
