@@ -51,7 +51,7 @@ def step_of(model: Callable[[Tensor], Tensor], leaves: list[Tensor], dy: Tensor)
     return lambda: torch.autograd.grad(model(leaves[0]), leaves, dy)
 
 
-def in_turn(calls: dict[str, Call], wait: Callable[[], None], rounds: int, before: Call) -> dict[str, list[float]]:
+def in_turn(calls: dict[str, Call], wait: Callable[[], None], rounds: int) -> dict[str, list[float]]:
     """Microseconds of one call, of each in every round; the device is waited for at the end of a round."""
 
     def group(call: Call, count: int) -> float:
@@ -68,7 +68,6 @@ def in_turn(calls: dict[str, Call], wait: Callable[[], None], rounds: int, befor
     count = max(3, min(100, int(GROUP_US / group(calls["eager"], 10))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        before()
         for name in random.sample(list(calls), len(calls)):
             times[name].append(group(calls[name], count))
     return times
@@ -100,7 +99,7 @@ def on_a_gpu(rounds: int) -> None:
             for threads in (True, False):
                 with torch.autograd.set_multithreading_enabled(threads):
                     calls = {name: step_of(one, leaves[name], dy) for name, one in models.items()}
-                    times = in_turn(calls, torch.cuda.synchronize, rounds, lambda: None)
+                    times = in_turn(calls, torch.cuda.synchronize, rounds)
                 for _ in range(2):  # one of them may have asked anew
                     models["fxfuse"](x)
                 where = "autograd's thread" if threads else "the calling thread"
@@ -112,28 +111,17 @@ def on_a_gpu(rounds: int) -> None:
 
 def without_a_gpu(rounds: int) -> None:
     torch.set_num_threads(1)
-    aside._capturing = lambda: False  # a torch without CUDA cannot say
+    aside._on_a_gpu, aside._capturing = lambda x: True, lambda: False
     table = []
     for kind in (LinearReLUDivide, LinearScaleBatchNorm):
         model, x = kind(16, 16), torch.randn(4, 16, requires_grad=True)
         models = {"eager": model, "again": copy.deepcopy(model), "fxfuse": fxfuse.optimize(copy.deepcopy(model))}
-        plan = plan_of(models["fxfuse"])
-        assert plan is not None
-        ((variant,),) = plan.variants.values()
-        straight = variant.straight
-        assert straight is not None
-        run = straight.function(models["fxfuse"])
-
-        def learn() -> None:
-            plan.aside.learn((x.shape, x.dtype, -1), run, variant.holds, straight.call)  # noqa: B023
-
         dy = torch.randn_like(model(x))
         steps = {name: step_of(one, [x, *one.parameters()], dy) for name, one in models.items()}
         forwards: dict[str, Call] = {name: functools.partial(one, x) for name, one in models.items()}
         with torch.autograd.set_multithreading_enabled(False):
             for what, calls in (("a forward", forwards), ("a step", steps)):
-                learn()
-                table.append([kind.__name__, what, *row(in_turn(calls, lambda: None, rounds, learn))])
+                table.append([kind.__name__, what, *row(in_turn(calls, lambda: None, rounds))])
     print(tabulate(table, ["4x16x16", "", "eager, us", "eager again, x", "fxfuse, aside"]))
 
 

@@ -32,6 +32,10 @@ _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 
+def _on_a_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 class Known:
     """How many more calls of one size step aside until the ops are asked again; and by which straight forward, or None
     for the module's own.
@@ -94,7 +98,7 @@ class Aside:
         """By what this call is remembered; None for one that is not: without gradients, off the GPU, or watched."""
         if not _grad_enabled() or _is_compiling() or not values or type(values[0]) is not Tensor:
             return None
-        if not values[0].is_cuda or _dispatch_modes() or _has_torch_function(values):
+        if not _on_a_gpu(values[0]) or _dispatch_modes() or _has_torch_function(values):
             return None
         if len(values) == 1:
             return values[0].shape, values[0].dtype, values[0].get_device()

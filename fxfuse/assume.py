@@ -109,9 +109,9 @@ class Assumptions:
 
     def forget_reads(self) -> None:
         """Rest on nothing that was read from modules so far."""
-        reads = self.values, self.methods, self.absent, self.present, self.aliases, self.children, self.settings
-        for read in reads:
-            read.clear()
+        tables = self.values, self.methods, self.present, self.aliases, self.children, self.settings
+        for table in (*tables, self.own, self.absent):
+            table.clear()
 
     def reach(self, graph: fx.Graph, root: nn.Module) -> None:
         """Rest on the modules by whose paths the graph finds its calls and tensors: the forward may have come to them

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse import ops
+from fxfuse import aside, ops
 from fxfuse.bench import rivals
 from fxfuse.kernels import gemm
 from fxfuse.ops import linear_activation_scale as las_file
@@ -349,6 +349,13 @@ def operations_left(report: Any) -> tuple[str, ...]:
 
 
 # --- around every test ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls with gradients step aside on a CPU, too, as small ones do on a GPU."""
+    monkeypatch.setattr(aside, "_on_a_gpu", lambda x: True)
+    monkeypatch.setattr(aside, "_capturing", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -29,16 +29,8 @@ class Model(nn.Module):
         return torch.relu(self.linear(x)) / 2
 
 
-def sizes_without_a_gpu(self, values):
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or type(values[0]) is not Tensor:
-        return None
-    return values[0].shape, values[0].dtype, -1
-
-
 @pytest.fixture
-def fused(monkeypatch):
-    monkeypatch.setattr(Aside, "sizes", sizes_without_a_gpu)
-    monkeypatch.setattr(aside, "_capturing", lambda: False)
+def fused(as_on_a_gpu):
     return fxfuse.optimize(Model())
 
 
@@ -137,9 +129,8 @@ def test_ops_that_are_not_direct_are_asked_every_time(fused, monkeypatch):
     assert len(calls) == 4
 
 
-def test_a_graph_that_is_captured_gets_the_fused_op(monkeypatch, asked):
+def test_a_graph_that_is_captured_gets_the_fused_op(as_on_a_gpu, monkeypatch, asked):
     captured = []
-    monkeypatch.setattr(Aside, "sizes", sizes_without_a_gpu)
     monkeypatch.setattr(aside, "_stream", lambda device: 7)
     monkeypatch.setattr(aside, "_capturing", lambda: bool(captured))
     fused, x = fxfuse.optimize(Model()), torch.randn(2, 8)
@@ -154,6 +145,8 @@ def test_sizes_are_bounded_and_of_ordinary_calls_alone(monkeypatch):
     found = Aside()
     x = torch.randn(2, 8)
     assert found.sizes([x]) is None, "not on a GPU"
+    monkeypatch.setattr(aside, "_on_a_gpu", lambda x: True)
+    assert found.sizes([x]) == ((2, 8), torch.float32, -1) != found.sizes([x, x])
     assert found.sizes([]) is None
     for number in range(3 * aside.MOST):
         found.learn(number, None, lambda owner: True)

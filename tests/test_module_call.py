@@ -20,21 +20,14 @@ from torch.nn.modules.module import (
 from torch.nn.utils import parametrize
 
 import fxfuse
-from fxfuse import aside
-from fxfuse.aside import Aside
 from fxfuse.plan import fused_class, plan_of
 
 
 @pytest.fixture(params=["fused", "aside"])
-def fused(request, monkeypatch):
+def fused(request):
     """Halved, that runs its graph, or steps aside for calls of 5 rows."""
     if request.param == "aside":
-
-        def sizes(self, values):
-            return (values[0].shape, values[0].dtype, -1) if len(values) == 1 and torch.is_grad_enabled() else None
-
-        monkeypatch.setattr(Aside, "sizes", sizes)
-        monkeypatch.setattr(aside, "_capturing", lambda: False)
+        request.getfixturevalue("as_on_a_gpu")
     made = fxfuse.optimize(Halved())
     made(torch.randn(5, 8))
     assert (plan_of(made).aside.latest is not None) is (request.param == "aside")

@@ -305,6 +305,12 @@ def test_the_rule_for_small_products(op, size, exact):
                 assert pays(m, n, k, captured=False) or not pays(m, n, k, captured=True)
 
 
+def test_evaluation_stays_one_launch_where_several_would_cost_the_host_more():
+    size = 256, 64, 2048, 4, True
+    assert small_rule.pays(*size, "evaluation", 132, captured=False)
+    assert not small_rule.pays(*size, "evaluation", 132, captured=True), "two launches of the library's are quicker"
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_small_products_give_way_to_narrow_tiles_where_these_are_quicker(op):
     def pays(m, n, k, narrow, captured):

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
 import fxfuse
-from fxfuse import aside, straight
-from fxfuse.aside import Aside
+from fxfuse import straight
 from fxfuse.codegen import compile_graph
 from fxfuse.plan import plan_of
 from fxfuse.straight import batch_norm, open_layers
@@ -50,15 +49,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def like_a_gpu(monkeypatch):
-    """Calls with gradients step aside, as small ones do on a GPU."""
-
-    def sizes(self, values):
-        return (values[0].shape, values[0].dtype, -1) if torch.is_grad_enabled() else None
-
-    monkeypatch.setattr(Aside, "sizes", sizes)
-    monkeypatch.setattr(aside, "_capturing", lambda: False)
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
 
 
 @pytest.fixture
